@@ -1,0 +1,334 @@
+"""Penalty: which parameters, which scalar function of which magnitudes, which lambda.
+
+Loss term, gradient, proximal map and audit are written here once, for every kind; a kind is a subclass that gives
+`rho`, `rho_grad` and `rho_prox`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import numbers
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import loss
+from .groups import Grouping, resolve
+from .selection import Params, Select, Slot, select_slots
+from .summary import summary_table
+from .terms import Term, add_grads_, by_tensor, check_grad, check_prox, distance, prox_
+
+__all__ = ["Penalty", "Sum"]
+
+GROUP_KEYS = {"params", "lam", "select"}
+
+
+class Penalty(nn.Module):
+    r"""`lam * Omega(w)` with `Omega(w) = sum_g n_g * rho(||w_g|| / sqrt(n_g))`, on chosen parameters of a model.
+
+    Call it for the loss term, `loss = criterion(model(x), y) + penalty()`, or give it to a `RegularizedOptimizer`. It
+    owns no parameter and looks those of a module up at each use.
+
+    To write a kind of your own, subclass and give `rho(u)` and `rho_grad(u)`, and `rho_prox(u, t)` where it exists, on
+    a tensor `u >= 0` of magnitudes; keyword arguments of its own go to its `__init__`, the rest to
+    `super().__init__(params, lam, **kw)`.
+
+    Args:
+        params: an `nn.Module`; or an iterable of tensors, or of `(name, tensor)`; or of dicts
+            `{"params": ..., "lam": ..., "select": ...}`, as torch.optim's parameter groups are.
+        lam: lambda, 0 or more: the factor on `Omega`, each step anew, never multiplied by a learning rate in the loss.
+        select: which parameters of a module: None or `"weights"` (2 dimensions or more and not of a normalization
+            layer), `"all"`, a glob or a list of globs on the qualified name, or a callable `(name, parameter) -> bool`.
+        groups: None (each element), `"output"` or `"input"` (the weights into or out of a unit), or a dimension.
+
+    Raises:
+        TypeError: `lam` is not a number; `params` is not one of the above.
+        ValueError: `lam` is negative or not finite; nothing is selected; a parameter is in two groups.
+
+    Attributes:
+        param_groups: a list with a dict for each group of parameters; set its `"lam"` at any time.
+    """
+
+    #: (a, b) where `rho(u) = a*u + b*u^2`; sums of such kinds have a prox in closed form.
+    coefficients: tuple[float, float] | None = None
+    #: Whether the prox also keeps `w >= 0`.
+    positive: bool = False
+
+    def __init__(
+        self,
+        params: Params,
+        lam: float,
+        *,
+        select: Select | None = None,
+        groups: str | int | Grouping | None = None,
+    ) -> None:
+        super().__init__()
+        self.groups = groups
+        self.param_groups: list[dict[str, Any]] = []
+        self._slots: list[list[Slot]] = []
+        self.seen = {"in_loss": False}  # whether autograd went through it; an optimizer that has it looks, and warns
+        default = checked_lam(lam)
+        for group in _as_groups(params):
+            self.param_groups.append({**group, "lam": checked_lam(group.get("lam", default))})
+            self._slots.append(select_slots(group["params"], group.get("select", select)))
+        self._refuse_overlap()
+        for term in self.terms(frozen=True):
+            _check_groups(term)
+
+    def rho(self, u: Tensor) -> Tensor:
+        """`rho(u)`, elementwise, for magnitudes `u >= 0`."""
+        raise NotImplementedError(f"{type(self).__name__} gives no rho(u)")
+
+    def rho_grad(self, u: Tensor) -> Tensor:
+        """`rho'(u)`; at 0 the right derivative, which may be infinite."""
+        raise NotImplementedError(f"{type(self).__name__} gives no rho_grad(u)")
+
+    def rho_prox(self, u: Tensor, t: float | Tensor) -> Tensor:
+        """`argmin_{v >= 0} 1/2 (v - u)^2 + t * rho(v)`; `t` is a float or a tensor that broadcasts."""
+        raise NotImplementedError(f"{type(self).__name__} gives no rho_prox(u, t)")
+
+    def has_grad(self) -> bool:
+        """Whether the kind has a gradient to descend."""
+        return type(self).rho_grad is not Penalty.rho_grad
+
+    def has_prox(self) -> bool:
+        """Whether the kind has a proximal map."""
+        return type(self).rho_prox is not Penalty.rho_prox
+
+    @property
+    def lam(self) -> float:
+        """Lambda: of all groups where they agree, else of the first; setting it sets all."""
+        return float(self.param_groups[0]["lam"])
+
+    @lam.setter
+    def lam(self, lam: float) -> None:
+        lam = checked_lam(lam)
+        for group in self.param_groups:
+            group["lam"] = lam
+
+    @property
+    def parts(self) -> list[Penalty]:
+        """The penalties of which this one is the sum; of any but a sum, itself."""
+        return [self]
+
+    def terms(self, *, frozen: bool = False) -> list[Term]:
+        """What the penalty does to each of its parameters now, shared ones once; frozen ones are left out."""
+        seen: set[int] = set()
+        found = []
+        for group, slots in zip(self.param_groups, self._slots, strict=True):
+            for slot in slots:
+                for name, tensor in slot.read():
+                    if id(tensor) in seen or (not frozen and slot.frozen(name, tensor)):
+                        continue
+                    seen.add(id(tensor))
+                    grouping = resolve(self.groups, slot.unit_dims(tensor.ndim))
+                    found.append(Term(name, tensor, self, grouping, group))
+        return found
+
+    def named_parameters_penalized(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields `(name, parameter)` of each parameter that is penalized now: shared ones once, frozen ones not."""
+        for terms in by_tensor(self.terms()):
+            yield terms[0].name, terms[0].tensor
+
+    def forward(self) -> Tensor:
+        """`sum lam * Omega(w)` over all penalized parameters, a 0-dim tensor to add to the loss.
+
+        It is float64 where any parameter is, else float32, on the first parameter's device; differentiable, twice too.
+        """
+        terms = self.terms()
+        if terms:
+            return loss.total(terms)
+        frozen = self.terms(frozen=True)
+        return torch.zeros((), device=frozen[0].tensor.device if frozen else None)
+
+    @torch.no_grad()
+    def add_grad_(self) -> None:
+        """`grad += lam * (sub)gradient`, in place, without autograd; a parameter whose `.grad` is None is passed over.
+
+        Call it between `loss.backward()` and `optimizer.step()`, before clipping if the penalty is to be clipped too.
+        """
+        terms = [term for term in self.terms() if term.tensor.grad is not None]
+        check_grad(terms)
+        add_grads_([(term, term.lam) for term in terms if not term.off])
+
+    @torch.no_grad()
+    def prox_(self, step: float | Tensor) -> None:
+        """`w = prox(w, step * lam)`, in place and without autograd, for every penalized parameter.
+
+        Args:
+            step: the step size, a number or a 0-dim tensor, that the plain gradient step before it had.
+
+        Raises:
+            ValueError: the prox is not known in closed form.
+        """
+        work = by_tensor(self.terms())
+        for terms in work:
+            check_prox(terms)
+        prox_((terms, (step, None)) for terms in work)
+
+    @torch.no_grad()
+    def stationarity(self) -> Tensor:
+        """`max dist(-grad, lam * subdifferential(Omega)(w))` over coordinates, or groups for group penalties; 0-dim.
+
+        Call it after `loss.backward()` of the plain loss: it is 0 at a stationary point of loss + penalty, in units of
+        the gradient. Parameters without `.grad` are passed over.
+        """
+        distances = [
+            distance(terms, terms[0].tensor.grad)
+            for terms in by_tensor(self.terms())
+            if terms[0].tensor.grad is not None and terms[0].tensor.numel()
+        ]
+        if not distances:
+            return torch.zeros(())
+        return torch.stack([d.to(distances[0]) for d in distances]).max()
+
+    def restricted_to(self, optimizer: torch.optim.Optimizer) -> Penalty:
+        """The same penalty, lambda shared, on those of its parameters that `optimizer` owns.
+
+        Raises:
+            ValueError: it owns none of them.
+        """
+        owned = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+        restricted = copy.copy(self)
+        restricted._slots = [
+            [slot for slot in slots if any(id(tensor) in owned for _, tensor in slot.tensors())]
+            for slots in self._slots
+        ]
+        if not any(restricted._slots):
+            raise ValueError(f"{type(optimizer).__name__} owns none of the parameters of {self!r}")
+        return restricted
+
+    @torch.no_grad()
+    def summary(self) -> str:
+        """A table, a row per parameter: name, shape, lam, value, elements exactly zero, whole groups that are zero."""
+        return summary_table(self.terms())
+
+    def __add__(self, other: Penalty) -> Sum:
+        if not isinstance(other, Penalty):
+            return NotImplemented
+        return Sum([*self.parts, *other.parts])
+
+    def extra_repr(self) -> str:
+        """What stands between the brackets of its repr."""
+        names = [name for name, _ in self.named_parameters_penalized()]
+        lams = ", ".join(f"{group['lam']:g}" for group in self.param_groups)
+        shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+        groups = "" if self.groups is None else f"groups={self.groups!r}, "
+        return f"lam={lams}, {groups}{len(names)} parameters: {shown}"
+
+    def get_extra_state(self) -> Tensor:
+        """The lambdas of its groups, in float64."""
+        return torch.tensor([group["lam"] for group in self.param_groups], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the lambdas from a state dict."""
+        lams = state.tolist()
+        if len(lams) != len(self.param_groups):
+            raise ValueError(f"the state has lambdas for {len(lams)} groups, the penalty has {len(self.param_groups)}")
+        for group, lam in zip(self.param_groups, lams, strict=True):
+            group["lam"] = checked_lam(lam)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A checkpoint from before the penalty was part of the model has no lambda, and loads all the same.
+        if f"{prefix}_extra_state" in state_dict:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _refuse_overlap(self) -> None:
+        seen: dict[int, int] = {}
+        for index, slots in enumerate(self._slots):
+            for name, tensor in (entry for slot in slots for entry in slot.tensors()):
+                if seen.setdefault(id(tensor), index) != index:
+                    raise ValueError(
+                        f"parameter {name!r} is in groups {seen[id(tensor)]} and {index}; it can have one lambda"
+                    )
+
+
+class Sum(Penalty):
+    """`p + q + ...`: the sum of penalties, each with its own parameters and lambda.
+
+    Attributes:
+        penalties: its parts, on which `lam` is read and set.
+    """
+
+    def __init__(self, penalties: Iterable[Penalty]) -> None:
+        nn.Module.__init__(self)
+        self.penalties = nn.ModuleList(penalties)
+
+    get_extra_state = nn.Module.get_extra_state  # each part has its own
+
+    @property
+    def parts(self) -> list[Penalty]:
+        """The penalties of which it is the sum."""
+        return list(self.penalties)  # type: ignore[arg-type]
+
+    @property
+    def lam(self) -> float:
+        """A sum has none: read and set it on `penalties`."""
+        raise AttributeError("a sum has no lam of its own; read it on one of its .penalties")
+
+    @lam.setter
+    def lam(self, lam: float) -> None:
+        raise AttributeError("a sum has no lam of its own; set it on one of its .penalties")
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The groups of all parts."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    def terms(self, *, frozen: bool = False) -> list[Term]:
+        """The terms of all parts."""
+        return [term for part in self.parts for term in part.terms(frozen=frozen)]
+
+    def restricted_to(self, optimizer: torch.optim.Optimizer) -> Penalty:
+        """The same sum, lambdas shared, on those of its parameters that `optimizer` owns."""
+        owned = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+        parts = [part for part in self.parts if any(id(term.tensor) in owned for term in part.terms(frozen=True))]
+        if not parts:
+            raise ValueError(f"{type(optimizer).__name__} owns none of the parameters of {self!r}")
+        return Sum(part.restricted_to(optimizer) for part in parts)
+
+    def extra_repr(self) -> str:
+        """Nothing beside its parts."""
+        return ""
+
+
+def checked_lam(lam: Any) -> float:
+    """`lam` as a float, if it is a number, 0 or more and finite."""
+    if isinstance(lam, bool) or not isinstance(lam, numbers.Real):
+        way_out = "; take its .item()" if isinstance(lam, Tensor) else ""
+        raise TypeError(f"lam must be a number, 0 or more and finite; {lam!r} is a {type(lam).__name__}{way_out}")
+    value = float(lam)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"lam must be 0 or more and finite, not {value}")
+    return value
+
+
+def _as_groups(params: Any) -> list[dict[str, Any]]:
+    if isinstance(params, nn.Module | Tensor):
+        return [{"params": params}]
+    if isinstance(params, str | dict) or not isinstance(params, Iterable):
+        raise TypeError(
+            f"params must be a module, or an iterable of tensors, of (name, tensor), or of dicts with a 'params'; "
+            f"{params!r} is a {type(params).__name__}"
+        )
+    entries = list(params)
+    if not any(isinstance(entry, dict) for entry in entries):
+        return [{"params": entries}]
+    for entry in entries:
+        if not isinstance(entry, dict) or "params" not in entry or not entry.keys() <= GROUP_KEYS:
+            raise ValueError(
+                f"a parameter group must be a dict with a 'params' and, if wanted, 'lam' and 'select'; got {entry!r}"
+            )
+        if isinstance(entry["params"], Iterator):
+            entry["params"] = list(entry["params"])
+    return entries
+
+
+def _check_groups(term: Term) -> None:
+    try:
+        term.grouping.check(term.tensor.shape)
+    except ValueError as error:
+        raise ValueError(f"parameter {term.name!r}: {error}") from None

@@ -1,4 +1,4 @@
-"""What a magnitude is: an element's modulus, or the root mean square of a group of elements.
+"""What a magnitude is: an element's modulus, a group's root mean square, a singular value.
 
 A penalty sees a tensor only through its magnitudes. A grouping takes a tensor apart into magnitudes and directions
 (`Grouping.polar`) and can put new magnitudes back along the old directions; nothing else in the package knows how a
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Elements", "Grouping", "Slices", "resolve"]
+__all__ = ["Blocks", "Elements", "Grouping", "Groups", "Heads", "SingularValues", "Slices", "WholeTensor", "resolve"]
 
 Rebuild = Callable[[Tensor], Tensor]
 
@@ -35,12 +35,16 @@ class Grouping(ABC):
         The directions of a zero group are zero: whatever its new magnitude, it stays zero.
         """
 
-    @abstractmethod
     def count(self, shape: torch.Size) -> int:
         """How often a group counts: its number of elements, or once."""
+        return 1
 
     def check(self, shape: torch.Size) -> None:  # noqa: B027  most fit every shape
         """Raise `ValueError` where a tensor of this shape cannot be grouped so."""
+
+    @abstractmethod
+    def magnitudes_shape(self, shape: torch.Size) -> torch.Size:
+        """The shape of the magnitudes of a tensor of this shape."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,10 @@ class Elements(Grouping):
         u = w.abs().to(working_dtype(w.dtype))
         if w.is_complex():
             return u, lambda magnitude: w * _ratio(magnitude, u)
-        return u, lambda magnitude: torch.copysign(torch.where(u == 0, 0, magnitude), w)
+        return u, lambda magnitude: torch.copysign(magnitude.masked_fill(u == 0, 0), w)
 
-    def count(self, shape: torch.Size) -> int:
-        return 1
+    def magnitudes_shape(self, shape: torch.Size) -> torch.Size:
+        return shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +84,10 @@ class NormGrouping(Grouping):
         u = self.norm(x) / math.sqrt(self.count(w.shape))
         return u, lambda magnitude: (x * _ratio(magnitude, u)).reshape(w.shape)
 
+    def spread(self, magnitudes: Tensor, w: Tensor) -> Tensor:
+        """One number for each group, as one for each element of `w`."""
+        return magnitudes.expand(self.view(w).shape).reshape(w.shape)
+
     def norm(self, x: Tensor) -> Tensor:
         """The norm of each group of a view, broadcastable to it."""
         dims = self.dims(x.ndim)
@@ -89,12 +97,29 @@ class NormGrouping(Grouping):
         norm: Tensor = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
         return norm
 
+    def size(self, shape: torch.Size) -> int:
+        """The number of elements of a group."""
+        return math.prod(shape) // max(math.prod(self.magnitudes_shape(shape)), 1)
+
     def count(self, shape: torch.Size) -> int:
         return self.size(shape) if self.scale else 1
 
-    @abstractmethod
-    def size(self, shape: torch.Size) -> int:
-        """The number of elements of a group."""
+    def magnitudes_shape(self, shape: torch.Size) -> torch.Size:
+        sizes = list(self.view(torch.empty(shape, device="meta")).shape)
+        for dim in self.dims(len(sizes)):
+            sizes[dim] = 1
+        return torch.Size(sizes)
+
+    def excess(self, w: Tensor, residual: Tensor, slope: Tensor) -> Tensor:
+        """The largest norm of `residual` over groups, 0-dim, less `slope * sqrt(count)` where the group of `w` is zero.
+
+        With `residual = -grad - subgradient` and the slope of the penalty at zero, it is the distance to the
+        subdifferential.
+        """
+        u, _ = self.polar(w)
+        radius = torch.where(u == 0, slope * math.sqrt(self.count(w.shape)), 0)
+        farthest: Tensor = (self.norm(self.view(residual)) - radius).clamp_min(0).max()
+        return farthest
 
 
 @dataclass(frozen=True)
@@ -109,27 +134,132 @@ class Slices(NormGrouping):
     def dims(self, ndim: int) -> list[int]:
         return [d for d in range(ndim) if d != self.dim % ndim]
 
-    def size(self, shape: torch.Size) -> int:
-        return math.prod(shape) // shape[self.dim] if shape[self.dim] else 1
+    def check(self, shape: torch.Size) -> None:
+        _check_dim(self.dim, shape)
+
+
+@dataclass(frozen=True)
+class WholeTensor(NormGrouping):
+    """The whole tensor is one group."""
+
+    def view(self, w: Tensor) -> Tensor:
+        return w
+
+    def dims(self, ndim: int) -> list[int]:
+        return list(range(ndim))
+
+
+@dataclass(frozen=True)
+class Blocks(NormGrouping):
+    """`k` consecutive elements of the flattened tensor form a group.
+
+    Args:
+        k: the size of a block, 1 or more; a tensor with a remainder raises `ValueError`.
+        scale: False takes the norm in place of the root mean square and counts each block once.
+    """
+
+    k: int
+
+    def __post_init__(self) -> None:
+        _check_positive("Blocks(k)", self.k)
+
+    def view(self, w: Tensor) -> Tensor:
+        return w.reshape(-1, self.k)
+
+    def dims(self, ndim: int) -> list[int]:
+        return [1]
 
     def check(self, shape: torch.Size) -> None:
-        if not -len(shape) <= self.dim < len(shape):
+        if math.prod(shape) % self.k:
             raise ValueError(
-                f"groups along dimension {self.dim} of a tensor of shape {tuple(shape)}, which has "
-                f"{len(shape)} dimension(s); leave it out with `select`, or choose another grouping"
+                f"blocks of {self.k} do not divide the {math.prod(shape)} elements of a tensor of shape {tuple(shape)}"
             )
 
 
-def _ratio(magnitude: Tensor, u: Tensor) -> Tensor:
-    """`magnitude / u`, and 0 where `u` is 0: a zero group has no direction. NaN stays NaN."""
-    return magnitude / u.masked_fill(u == 0, math.inf)
+@dataclass(frozen=True)
+class Heads(NormGrouping):
+    """A dimension is cut into `n` equal parts, the heads of an attention layer, and each part is a group.
+
+    Args:
+        n: the number of heads, 1 or more; a dimension that it does not divide raises `ValueError`.
+        dim: the dimension along which the heads lie.
+        scale: False takes the norm in place of the root mean square and counts each head once.
+    """
+
+    n: int
+    dim: int = 0
+
+    def __post_init__(self) -> None:
+        _check_positive("Heads(n)", self.n)
+
+    def view(self, w: Tensor) -> Tensor:
+        view: Tensor = w.unflatten(self.dim, (self.n, -1))
+        return view
+
+    def dims(self, ndim: int) -> list[int]:
+        return [d for d in range(ndim) if d != self.dim % (ndim - 1)]
+
+    def check(self, shape: torch.Size) -> None:
+        _check_dim(self.dim, shape)
+        if shape[self.dim] % self.n:
+            raise ValueError(f"{self.n} heads do not divide dimension {self.dim} of a tensor of shape {tuple(shape)}")
 
 
-def resolve(groups: str | int | Grouping | None, unit_dims: tuple[int, int] = (0, 1), scale: bool = True) -> Grouping:
+@dataclass(frozen=True)
+class SingularValues(Grouping):
+    """The magnitudes are the singular values of the tensor flattened to dim 0 by the rest, each counted once.
+
+    Each use costs a singular value decomposition, `O(m * n * min(m, n))`: for a square layer of a thousand units about
+    a second on a CPU. Singular values below `eps * max(m, n)` times the largest count as zero.
+    """
+
+    def polar(self, w: Tensor) -> tuple[Tensor, Rebuild]:
+        left, u, right = self._svd(w)
+        return u, lambda magnitude: ((left * magnitude) @ right).reshape(w.shape)
+
+    def check(self, shape: torch.Size) -> None:
+        if len(shape) < 2:
+            raise ValueError(
+                f"a tensor of shape {tuple(shape)} has no singular values; leave it out with `select`, or choose "
+                "another grouping"
+            )
+
+    def magnitudes_shape(self, shape: torch.Size) -> torch.Size:
+        return torch.Size([min(shape[0], math.prod(shape[1:]))])
+
+    def excess(self, w: Tensor, residual: Tensor, slope: Tensor) -> Tensor:
+        """As for other groups, in spectral norm."""
+        # What the zero singular values can absorb lies across the row and the column space of w; there the nearest
+        # point has its singular values cut at the slope. All else of the residual counts, in spectral norm.
+        left, u, right = self._svd(w)
+        left, right = left * (u > 0), right * (u > 0)[:, None]
+        r = residual.flatten(1)
+        across = r - left @ (left.mH @ r)
+        across = across - (across @ right.mH) @ right
+        left, u, right = torch.linalg.svd(across, full_matrices=False)
+        absorbed = (left * u.clamp_max(slope)) @ right
+        farthest: Tensor = torch.linalg.matrix_norm(r - absorbed, ord=2)
+        return farthest
+
+    def _svd(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = w.flatten(1)
+        x = x.to(torch.promote_types(x.dtype, working_dtype(x.dtype)))
+        finite = x.isfinite().all()  # the decomposition raises at NaN: it gets zeros, and its result becomes NaN
+        left, u, right = torch.linalg.svd(torch.where(finite, x, 0), full_matrices=False)
+        tolerance = torch.finfo(w.dtype).eps * max(x.shape) * u.amax() if u.numel() else 0.0
+        return left, torch.where(finite, u.masked_fill(u <= tolerance, 0), math.nan), right
+
+
+Groups = str | int | Grouping
+
+NAMES = "'output', 'input' and 'tensor'"
+
+
+def resolve(groups: Groups | None, unit_dims: tuple[int, int] = (0, 1), scale: bool = True) -> Grouping:
     """The grouping that a user's `groups` means for a tensor whose output and input units lie along `unit_dims`.
 
     Raises:
-        ValueError: a name that is none of "output" and "input".
+        ValueError: an unknown name.
         TypeError: anything but None, a name, an int or a `Grouping`.
     """
     if groups is None:
@@ -138,10 +268,30 @@ def resolve(groups: str | int | Grouping | None, unit_dims: tuple[int, int] = (0
         return groups
     if isinstance(groups, int) and not isinstance(groups, bool):
         return Slices(groups, scale=scale)
+    if groups == "output":
+        return Slices(unit_dims[0], scale=scale)
+    if groups == "input":
+        return Slices(unit_dims[1], scale=scale)
+    if groups == "tensor":
+        return WholeTensor(scale=scale)
     if isinstance(groups, str):
-        if groups == "output":
-            return Slices(unit_dims[0], scale=scale)
-        if groups == "input":
-            return Slices(unit_dims[1], scale=scale)
-        raise ValueError(f"groups={groups!r}: the names are 'output' and 'input'; an int names a dimension")
-    raise TypeError(f"groups must be None, 'output', 'input', an int or a Grouping, not {groups!r}")
+        raise ValueError(f"groups={groups!r}: the names are {NAMES}; an int names a dimension")
+    raise TypeError(f"groups must be None, one of {NAMES}, an int or a Grouping of torch_regpen.groups, not {groups!r}")
+
+
+def _ratio(magnitude: Tensor, u: Tensor) -> Tensor:
+    """`magnitude / u`, and 0 where `u` is 0: a zero group has no direction. NaN stays NaN."""
+    return magnitude / u.masked_fill(u == 0, math.inf)
+
+
+def _check_dim(dim: int, shape: torch.Size) -> None:
+    if not -len(shape) <= dim < len(shape):
+        raise ValueError(
+            f"groups along dimension {dim} of a tensor of shape {tuple(shape)}, which has {len(shape)} dimension(s); "
+            "leave it out with `select`, or choose another grouping"
+        )
+
+
+def _check_positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number, 1 or more, not {value!r}")

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from .functional import soft_threshold
 from .groups import working_dtype
@@ -25,13 +25,27 @@ def local(w: Tensor) -> Tensor:
     return w.to_local() if isinstance(w, DTensor) else w
 
 
+def placed_as(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """`tensor`, the same on every rank, on the device of `parameter` and sharded as it is."""
+    tensor = tensor.to(parameter.device)
+    if isinstance(parameter, DTensor) == isinstance(tensor, DTensor):
+        return tensor
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if not isinstance(parameter, DTensor):
+        return tensor
+    sharded = tensor.shape == parameter.shape
+    placements = parameter.placements if sharded else [Replicate()] * parameter.device_mesh.ndim
+    return distribute_tensor(tensor, parameter.device_mesh, placements, src_data_rank=None)
+
+
 def total(ws: Sequence[Tensor], linear: float, quadratic: float) -> Tensor:
     """`sum (linear*|w| + quadratic*w^2)` over all elements, 0-dim, accumulated in float32 at least."""
     sums = []
     for piece in _pieces(ws):
         x = _joined(piece)
         x = x.to(working_dtype(x.dtype))
-        if linear:
+        if linear or not quadratic:
             sums.append(linear * x.abs().sum())
         if quadratic:
             sums.append(quadratic * x.square().sum())

@@ -9,15 +9,16 @@ from __future__ import annotations
 import copy
 import math
 import numbers
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from . import loss
-from .groups import Grouping, resolve
-from .selection import Params, Select, Slot, select_slots
+from . import functional as F
+from . import loss, multi_tensor
+from .groups import Elements, Grouping, Groups, SingularValues, resolve
+from .selection import Params, Select, Slot, select_slots, spellings
 from .summary import summary_table
 from .terms import Term, add_grads_, by_tensor, check_grad, check_prox, distance, prox_
 
@@ -42,11 +43,18 @@ class Penalty(nn.Module):
         lam: lambda, 0 or more: the factor on `Omega`, each step anew, never multiplied by a learning rate in the loss.
         select: which parameters of a module: None or `"weights"` (2 dimensions or more and not of a normalization
             layer), `"all"`, a glob or a list of globs on the qualified name, or a callable `(name, parameter) -> bool`.
-        groups: None (each element), `"output"` or `"input"` (the weights into or out of a unit), or a dimension.
+        groups: None (each element), `"output"` or `"input"` (the weights into or out of a unit), a dimension,
+            `"tensor"`, or one of `torch_regpen.groups`.
+        scale: False takes the norm of a group in place of its root mean square and counts each group once.
+        center: `"initial"` (the weights as they are now) or a state dict: the penalty is then on `w - center`; L2 so is
+            L2-SP, for fine-tuning (Li, Grandvalet and Davoine 2018). Not part of `state_dict()`.
+        weights: a dict of name to non-negative factors on lambda, of the parameter's shape, or one for each group (the
+            adaptive lasso, Zou 2006); a missing name counts 1.
 
     Raises:
         TypeError: `lam` is not a number; `params` is not one of the above.
-        ValueError: `lam` is negative or not finite; nothing is selected; a parameter is in two groups.
+        ValueError: `lam` is negative or not finite; nothing is selected; a parameter is in two groups, does not divide
+            into the groups, is missing from `center`, or has `weights` of another shape.
 
     Attributes:
         param_groups: a list with a dict for each group of parameters; set its `"lam"` at any time.
@@ -56,6 +64,8 @@ class Penalty(nn.Module):
     coefficients: tuple[float, float] | None = None
     #: Whether the prox also keeps `w >= 0`.
     positive: bool = False
+    #: Whether it is a scalar function times a grouping, and not a function of the whole tensor.
+    separable: bool = True
 
     def __init__(
         self,
@@ -63,10 +73,14 @@ class Penalty(nn.Module):
         lam: float,
         *,
         select: Select | None = None,
-        groups: str | int | Grouping | None = None,
+        groups: Groups | None = None,
+        scale: bool = True,
+        center: Literal["initial"] | Mapping[str, Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.groups = groups
+        self.scale = scale
         self.param_groups: list[dict[str, Any]] = []
         self._slots: list[list[Slot]] = []
         self.seen = {"in_loss": False}  # whether autograd went through it; an optimizer that has it looks, and warns
@@ -74,9 +88,15 @@ class Penalty(nn.Module):
         for group in _as_groups(params):
             self.param_groups.append({**group, "lam": checked_lam(group.get("lam", default))})
             self._slots.append(select_slots(group["params"], group.get("select", select)))
+        self._centers: dict[str, Tensor] = {}
+        self._weights: dict[str, Tensor] = {}
         self._refuse_overlap()
         for term in self.terms(frozen=True):
             _check_groups(term)
+        if center is not None:
+            self._centers = self._per_parameter("center", center, center_of)
+        if weights is not None:
+            self._weights = self._per_parameter("weights", weights, weights_of)
 
     def rho(self, u: Tensor) -> Tensor:
         """`rho(u)`, elementwise, for magnitudes `u >= 0`."""
@@ -89,6 +109,14 @@ class Penalty(nn.Module):
     def rho_prox(self, u: Tensor, t: float | Tensor) -> Tensor:
         """`argmin_{v >= 0} 1/2 (v - u)^2 + t * rho(v)`; `t` is a float or a tensor that broadcasts."""
         raise NotImplementedError(f"{type(self).__name__} gives no rho_prox(u, t)")
+
+    def omega(self, x: Tensor, grouping: Grouping, factor: float | Tensor) -> Tensor:
+        """`factor * Omega(x)` of one tensor, 0-dim."""
+        return F.value(self.rho, x, grouping, factor)
+
+    def omega_grad(self, x: Tensor, grouping: Grouping, factor: float | Tensor) -> Tensor:
+        """Its (sub)gradient, differentiable."""
+        return F.grad(self.rho_grad, x, grouping, factor)
 
     def has_grad(self) -> bool:
         """Whether the kind has a gradient to descend."""
@@ -124,9 +152,25 @@ class Penalty(nn.Module):
                     if id(tensor) in seen or (not frozen and slot.frozen(name, tensor)):
                         continue
                     seen.add(id(tensor))
-                    grouping = resolve(self.groups, slot.unit_dims(tensor.ndim))
-                    found.append(Term(name, tensor, self, grouping, group))
+                    grouping = resolve(self.groups, slot.unit_dims(tensor.ndim), self.scale)
+                    weights, center = (
+                        self._beside(self._weights, name, tensor),
+                        self._beside(self._centers, name, tensor),
+                    )
+                    for part, factor in self.factors(grouping):
+                        found.append(Term(name, tensor, self, part, group, factor, weights, center))
         return found
+
+    def factors(self, grouping: Grouping) -> list[tuple[Grouping, float]]:
+        """The groupings on which `rho` acts, with their shares of lambda: one, but for mixtures."""
+        return [(grouping, 1.0)]
+
+    def _beside(self, tensors: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor | None:
+        """What is kept for a parameter, moved to where the parameter is now."""
+        if name not in tensors:
+            return None
+        tensors[name] = multi_tensor.placed_as(tensors[name], parameter)
+        return tensors[name]
 
     def named_parameters_penalized(self) -> Iterator[tuple[str, Tensor]]:
         """Yields `(name, parameter)` of each parameter that is penalized now: shared ones once, frozen ones not."""
@@ -236,6 +280,26 @@ class Penalty(nn.Module):
         if f"{prefix}_extra_state" in state_dict:
             super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def _per_parameter(
+        self, what: str, given: Any, read: Callable[[Term, Tensor | None], Tensor | None]
+    ) -> dict[str, Tensor]:
+        """What `read` makes of the entry that `given`, by name, has for each parameter."""
+        if given != "initial" and not isinstance(given, Mapping):
+            raise TypeError(f"{what} must be a dict of name to tensor, not {given!r}")
+        found = {}
+        terms = self.terms(frozen=True)
+        if what == "weights" and (unknown := given.keys() - {s for term in terms for s in spellings(term.name)}):
+            raise ValueError(f"weights has {sorted(unknown)}, which the penalty does not hold")
+        for term in terms:
+            entry = term.tensor
+            if given != "initial":
+                names = (name for name in spellings(term.name) if name in given)
+                entry = given.get(next(names, term.name))
+            kept = read(term, entry)
+            if kept is not None:
+                found[term.name] = kept
+        return found
+
     def _refuse_overlap(self) -> None:
         seen: dict[int, int] = {}
         for index, slots in enumerate(self._slots):
@@ -332,3 +396,31 @@ def _check_groups(term: Term) -> None:
         term.grouping.check(term.tensor.shape)
     except ValueError as error:
         raise ValueError(f"parameter {term.name!r}: {error}") from None
+
+
+def center_of(term: Term, entry: Tensor | None) -> Tensor:
+    """A copy of the center for the parameter of `term`."""
+    if entry is None:
+        raise ValueError(f"center has nothing for parameter {term.name!r}")
+    if entry.shape != term.tensor.shape:
+        raise ValueError(
+            f"center for {term.name!r} has shape {tuple(entry.shape)}, the parameter {tuple(term.tensor.shape)}"
+        )
+    return entry.detach().clone()
+
+
+def weights_of(term: Term, entry: Tensor | None) -> Tensor | None:
+    """The factors for the parameter of `term`, in a shape that broadcasts to its magnitudes."""
+    if entry is None:
+        return None
+    shape = term.grouping.magnitudes_shape(term.tensor.shape)
+    elementwise = isinstance(term.grouping, Elements)
+    wanted = tuple(shape) if elementwise else (shape.numel(),)
+    if isinstance(term.grouping, SingularValues) or tuple(entry.shape) != wanted:
+        raise ValueError(
+            f"weights for {term.name!r} have shape {tuple(entry.shape)}; "
+            + ("singular values take none" if isinstance(term.grouping, SingularValues) else f"allowed is {wanted}")
+        )
+    if not bool((entry >= 0).all() & entry.isfinite().all()):
+        raise ValueError(f"weights for {term.name!r} must be 0 or more and finite")
+    return entry.detach().clone().reshape(shape)

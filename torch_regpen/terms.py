@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import functional as F
 from . import multi_tensor
-from .groups import Elements, Grouping, NormGrouping, working_dtype
+from .groups import Elements, Grouping, NormGrouping, SingularValues, working_dtype
 
 if TYPE_CHECKING:
     from .penalty import Penalty
@@ -60,6 +60,13 @@ class Term:
         return self.lam if self.weights is None else self.lam * self.weights
 
     @property
+    def elementwise_lam(self) -> float | Tensor:
+        """`scaled_lam`, one for each element where it differs by group."""
+        if self.weights is not None and isinstance(self.grouping, NormGrouping):
+            return self.grouping.spread(self.lam * self.weights, self.tensor)
+        return self.scaled_lam
+
+    @property
     def off(self) -> bool:
         """Whether the term does nothing at the present lambda."""
         return self.lam == 0 and not self.kind.positive
@@ -77,14 +84,14 @@ class Term:
     @property
     def grouped(self) -> bool:
         """Whether its groups matter to a prox; a sum of squared norms is a sum of squares, whatever the groups."""
-        return isinstance(self.grouping, NormGrouping) and (self.kind.coefficients is None or self.linear > 0)
+        return not isinstance(self.grouping, Elements) and (self.kind.coefficients is None or self.linear > 0)
 
     @property
     def plain(self) -> bool:
         """Whether it is `lam * (a*|w| + b*w^2)`, elementwise, on real numbers: what whole lists of tensors share."""
         return (
             self.kind.coefficients is not None
-            and isinstance(self.grouping, Elements)
+            and not self.grouped
             and self.weights is None
             and self.center is None
             and not self.tensor.is_complex()
@@ -96,7 +103,7 @@ class Term:
 
     def value(self, w: Tensor) -> Tensor:
         """The term at `w`, a 0-dim tensor."""
-        return F.value(self.kind.rho, self.offset(w), self.grouping, self.scaled_lam)
+        return self.kind.omega(self.offset(w), self.grouping, self.scaled_lam)
 
     def grad(self, w: Tensor) -> Tensor:
         """The (sub)gradient of the term at `w`, differentiable."""
@@ -105,7 +112,7 @@ class Term:
                 return w * (2 * self.lam * self.quadratic)
             sign = w.sign() * (self.lam * self.linear)
             return sign + w * (2 * self.lam * self.quadratic) if self.quadratic else sign
-        return F.grad(self.kind.rho_grad, self.offset(w), self.grouping, self.scaled_lam)
+        return self.kind.omega_grad(self.offset(w), self.grouping, self.scaled_lam)
 
 
 def by_tensor(terms: Iterable[Term]) -> list[list[Term]]:
@@ -220,8 +227,19 @@ def check_prox(terms: list[Term], per_coordinate: bool = False) -> None:
             )
         return
     grouped = [term for term in terms if term.grouped]
+    elements = [term for term in terms if term.linear and not term.grouped]
     if len({term.grouping for term in grouped}) > 1:
         raise ValueError(f"the prox of {where}, over groups that overlap, is not known in closed form; {ways_out}")
+    if any(isinstance(term.grouping, SingularValues) for term in grouped):
+        if per_coordinate:
+            raise ValueError(
+                f"the prox of {where} over singular values is not known where the step differs by coordinate; "
+                "use metric='euclidean'"
+            )
+        if elements or any(term.kind.positive for term in terms):
+            raise ValueError(
+                f"the prox of {where}, over elements and singular values, is not known in closed form; {ways_out}"
+            )
     centers = {id(term.center) for term in terms if term.kind.coefficients != (0.0, 1.0)}
     positive = any(term.kind.positive for term in terms)
     if len(centers) > 1 or (positive and grouped and centers != {id(None)}):
@@ -282,34 +300,38 @@ def _descend(u: Tensor, t: float | Tensor, kind: Penalty) -> Tensor:
 
 
 def distance(terms: list[Term], grad: Tensor) -> Tensor:
-    """The largest distance of `-grad` to the subdifferential of the terms of one tensor, over coordinates or groups."""
+    """The largest distance of `-grad` to the subdifferential of the terms of one tensor, over coordinates or groups.
+
+    Raises:
+        ValueError: it is not known in closed form, for groups that overlap.
+    """
     w = terms[0].tensor
     residual = -grad.to(torch.promote_types(grad.dtype, working_dtype(grad.dtype)))
-    slack: Tensor | float = 0.0
-    group_slack: Tensor | float = 0.0
+    slack: Tensor | float = 0.0  # what the elements that are zero can absorb
+    slope: Tensor | float = 0.0  # what the groups that are zero can absorb, for each of their elements
     for term in terms:
         residual = residual - term.grad(w)
-        x = term.offset(w)
-        u, _ = term.grouping.polar(x)
-        at_zero = term.kind.rho_grad(torch.zeros((), dtype=u.dtype, device=u.device)) * term.scaled_lam
-        radius = torch.where(u == 0, at_zero * math.sqrt(term.grouping.count(w.shape)), 0)
+        if not term.kind.separable:
+            continue
+        zero = torch.zeros((), dtype=working_dtype(w.dtype), device=w.device)
+        at_zero = term.kind.rho_grad(zero) * term.scaled_lam
         if term.grouped:
-            group_slack = group_slack + radius
+            slope = slope + at_zero
         else:
-            slack = slack + radius
+            slack = slack + torch.where(term.offset(w) == 0, at_zero, 0)
     if any(term.kind.positive for term in terms):
         residual = torch.where(w == 0, residual.clamp_min(0), residual)
     residual = F.soft_threshold(residual, slack)
     grouped = [term for term in terms if term.grouped]
     if not grouped:
         return residual.abs().max()
-    if len({term.grouping for term in grouped}) > 1:
+    if len({(term.grouping, id(term.center)) for term in grouped}) > 1:
         raise ValueError(
             f"the distance to the subdifferential of penalties over groups that overlap, on parameter "
             f"{terms[0].name!r}, is not known in closed form"
         )
     grouping: Any = grouped[0].grouping
-    farthest: Tensor = (grouping.norm(grouping.view(residual)) - group_slack).clamp_min(0).max()
+    farthest: Tensor = grouping.excess(grouped[0].offset(w), residual, slope)
     return farthest
 
 
@@ -325,7 +347,7 @@ def _limit(old: Tensor, new: Tensor, cap: float | Tensor | None, grouping: Group
 
 def _prox_quadratic(terms: list[Term], v: Tensor, step: float | Tensor) -> tuple[Tensor, float | Tensor]:
     """The prox of the squares, and the step left for the other terms, whose prox follows it."""
-    squares = [(term.scaled_lam * term.quadratic, term.center) for term in terms if term.quadratic]
+    squares = [(term.elementwise_lam * term.quadratic, term.center) for term in terms if term.quadratic]
     if not squares:
         return v, step
     denominator = 1 + 2 * step * sum(coefficient for coefficient, _ in squares)

@@ -60,6 +60,10 @@ class Elements(Grouping):
     def magnitudes_shape(self, shape: torch.Size) -> torch.Size:
         return shape
 
+    def spread(self, magnitudes: Tensor, w: Tensor) -> Tensor:
+        """One number for each group, as one for each element of `w`."""
+        return magnitudes
+
 
 @dataclass(frozen=True, kw_only=True)
 class NormGrouping(Grouping):
@@ -99,7 +103,7 @@ class NormGrouping(Grouping):
 
     def size(self, shape: torch.Size) -> int:
         """The number of elements of a group."""
-        return math.prod(shape) // max(math.prod(self.magnitudes_shape(shape)), 1)
+        return max(math.prod(shape) // max(math.prod(self.magnitudes_shape(shape)), 1), 1)
 
     def count(self, shape: torch.Size) -> int:
         return self.size(shape) if self.scale else 1

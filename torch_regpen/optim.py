@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import loss as losses
-from .metric import Metric, Step, differs_by_coordinate, knows, step_of
+from . import dual
+from .frozen import FROZEN, FrozenZeros, all_zero
+from .metric import Metric, why_not
+from .modes import MODES, Owned
 from .penalty import Penalty, Sum
-from .terms import Term, add_grads_, by_tensor, check_grad, check_prox, decay_, prox_
+from .terms import by_tensor
 
 __all__ = ["RegularizedOptimizer"]
-
-MODES = ("coupled", "decoupled", "dual", "proximal")
-
-Active = list[tuple[list[Term], dict[str, Any]]]  # the terms of each penalized parameter, and its param_group
 
 
 class RegularizedOptimizer(Optimizer):
@@ -33,6 +31,10 @@ class RegularizedOptimizer(Optimizer):
       `weight_decay=2*lam` of SGD, Adam and the others.
     - `"decoupled"`: `w -= lr * lam * subgradient`, in which no element (group) crosses zero, then the optimizer steps
       on the plain gradient. For L2 it is the decay of AdamW at `weight_decay=2*lam` (Loshchilov and Hutter 2019).
+    - `"dual"`: each penalized parameter has a latent twin, which the optimizer moves with the gradient taken at the
+      visible weights, then `w = prox(latent, S*lam)` with `S` the sum of the steps `s`: weights that were zero can come
+      back with all that they have gathered, and survivors carry little bias (Xiao 2010). For convex kinds its fixed
+      points are those of loss + penalty.
     - `"proximal"`: the optimizer steps on the plain gradient, then `w = prox(w, s*lam)` with `s` the optimizer's own
       step for a unit gradient (`lr`, for plain SGD): exact zeros, and the solution of `"coupled"` (Beck and Teboulle
       2009; Yun, Lozano and Yang 2021).
@@ -41,8 +43,9 @@ class RegularizedOptimizer(Optimizer):
         optimizer: any `torch.optim.Optimizer`, with its parameters.
         penalty: a penalty, or a list of them, which is their sum.
         mode: one of the above.
-        metric: for `"proximal"`: `"auto"` takes `s` from the optimizer's state, and `lr` for an optimizer it does not
-            know; `"euclidean"` takes `lr`; a callable `(optimizer, parameter, group) -> float or tensor` gives `s`.
+        metric: for `"proximal"` and `"dual"`: `"auto"` takes `s` from the optimizer's state, and `lr` for an optimizer
+            that it does not know; `"euclidean"` takes `lr`; a callable `(optimizer, parameter, group)` returns `s`, a
+            number or a tensor.
 
     Raises:
         TypeError: not an optimizer, not a penalty.
@@ -72,10 +75,14 @@ class RegularizedOptimizer(Optimizer):
         self.penalty = _as_penalty(penalty)
         self.mode = mode
         self.metric = metric
-        self._optimizer_step_pre_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
-        self._optimizer_step_post_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
+        self._forget_hooks()
         self._warned_in_loss = False
+        self._mode = MODES[mode](optimizer, metric)
+        self._zeros = FrozenZeros()
+        self._stepped: set[int] = set()
         self._check()
+        for part in self.penalty.parts:
+            part.seen["in_loss"] = False  # a loss that it was in before has nothing to do with this optimizer
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the wrapped optimizer with the penalty; returns what the closure returned, with it where coupled.
@@ -83,81 +90,90 @@ class RegularizedOptimizer(Optimizer):
         Args:
             closure: reevaluates the model and returns the loss, for optimizers that want it.
         """
+        call: tuple[Any, dict[str, Any]] = (self, closure), {}
         for pre_hook in self._optimizer_step_pre_hooks.values():
-            pre_hook(self, (closure,), {})
-        active: Active = []
-
-        def after_backward(first: bool = True) -> None:
-            active[:] = self._active()
-            if self.mode == "coupled":
-                self._add_grads(active)
-            elif self.mode == "decoupled" and first:
-                decay_((terms, Step(group["lr"])) for terms, group in active)
-
+            call = pre_hook(self, *call) or call
+        (_, closure), _ = call
+        active: list[Owned] = []
         if closure is None:
-            with torch.no_grad():
-                after_backward()
+            self._after_backward(active)
             result = self.optimizer.step()
         else:
-            result = self.optimizer.step(self._regularized(closure, after_backward))
-        if self.mode == "proximal":
-            with torch.no_grad():
-                prox_(
-                    (terms, step_of(self.optimizer, terms[0].tensor, group, self.metric))
-                    for terms, group in active
-                    if not all(term.off for term in terms)
-                )
+            result = self.optimizer.step(self._regularized(closure, active))
+        with torch.no_grad():
+            self._mode.after_update(self._penalized(active))
+            self._zeros.hold(self._frozen())
         for post_hook in self._optimizer_step_post_hooks.values():
-            post_hook(self, (closure,), {})
+            post_hook(self, *call)
         self._warn_if_in_loss()
         return result
 
-    def _regularized(self, closure: Callable[[], Any], after_backward: Callable[[bool], None]) -> Callable[[], Any]:
+    @torch.no_grad()
+    def freeze_zeros(self) -> None:
+        """End the shrinking: exact zeros of the penalized parameters stay zero, and the penalty is off.
+
+        The weights that survive are then fitted without its bias (debiasing). The optimizer's state is zeroed with the
+        weights; in the dual mode the visible weights are what goes on. A parameter that is zero everywhere and was not
+        stepped yet, such as a LoRA matrix before training, is left free. It travels in `state_dict()`.
+        """
+        penalized = {id(owned.parameter) for owned in self._owned()}
+        for group in self.param_groups:
+            group[FROZEN] = []
+            for index, parameter in enumerate(group["params"]):
+                stepped = id(parameter) in self._stepped or parameter in self.state
+                if id(parameter) in penalized and (stepped or not all_zero(parameter)):
+                    group[FROZEN].append(index)
+                    dual.forget(self.state.get(parameter, {}))
+                    self._zeros.silence(parameter, self.state.get(parameter, {}))
+
+    def unfreeze_zeros(self) -> None:
+        """Take `freeze_zeros` back: all weights may move, and the penalty is on."""
+        for group in self.param_groups:
+            group.pop(FROZEN, None)
+        self._zeros.thaw()
+
+    def _regularized(self, closure: Callable[[], Any], active: list[Owned]) -> Callable[[], Any]:
         first = True
 
         def regularized() -> Any:
             nonlocal first
+            if not first:
+                with torch.no_grad():
+                    self._mode.before_reevaluation(self._penalized(active))
             loss = closure()
+            self._after_backward(active, first)
+            first = False
             with torch.no_grad():
-                after_backward(first)
-                first = False
-                return loss if loss is None or self.mode != "coupled" else loss + self._value()
+                return loss if loss is None else loss + self._mode.added_to_loss(self._penalized(active))
 
         return regularized
 
-    def _value(self) -> Tensor | float:
-        """The penalty as it enters the objective: against it, where the optimizer maximizes."""
-        owners = self._owners()
-        parts: dict[bool, list[Term]] = {}
-        for term in self.penalty.terms():
-            parts.setdefault(bool(owners[id(term.tensor)].get("maximize")), []).append(term)
-        return sum(-losses.total(terms) if maximize else losses.total(terms) for maximize, terms in parts.items())
+    @torch.no_grad()
+    def _after_backward(self, active: list[Owned], first: bool = True) -> None:
+        active[:] = [owned for owned in self._owned() if owned.parameter.grad is not None]
+        self._stepped.update(id(owned.parameter) for owned in active)
+        for parameter in self._frozen():
+            self._zeros.silence(parameter, self.state.get(parameter, {}))
+        self._mode.after_backward(self._penalized(active), first)
 
-    def _add_grads(self, active: Active) -> None:
-        for terms, _ in active:
-            if terms[0].tensor.grad.is_sparse:  # type: ignore[union-attr]
-                raise ValueError(
-                    f"the gradient of {terms[0].name!r} is sparse, and the penalty's is not: use mode='decoupled' or "
-                    "mode='proximal', which act on all rows"
-                )
-        add_grads_(
-            (term, -term.lam if group.get("maximize") else term.lam)
-            for terms, group in active
-            for term in terms
-            if not term.off
-        )
+    @staticmethod
+    def _penalized(active: list[Owned]) -> list[Owned]:
+        return [owned for owned in active if FROZEN not in owned.group]
 
-    def _owners(self) -> dict[int, dict[str, Any]]:
-        """The param_group of each parameter that the optimizer owns."""
-        return {id(tensor): group for group in self.param_groups for tensor in group["params"]}
+    def _frozen(self) -> Iterator[Tensor]:
+        """The parameters whose zeros are to hold, and that are in this step."""
+        for group in self.param_groups:
+            for index in group.get(FROZEN, ()):
+                if group["params"][index].grad is not None:
+                    yield group["params"][index]
 
-    def _owned(self) -> Active:
-        """The terms of each penalized parameter, with its param_group.
+    def _owned(self) -> list[Owned]:
+        """The penalized parameters, with their param_groups.
 
         Raises:
-            ValueError: the optimizer does not own it.
+            ValueError: the optimizer does not own one of them.
         """
-        owners = self._owners()
+        owners = {id(tensor): group for group in self.param_groups for tensor in group["params"]}
         work = by_tensor(self.penalty.terms())
         foreign = [terms[0].name for terms in work if id(terms[0].tensor) not in owners]
         if foreign:
@@ -165,40 +181,29 @@ class RegularizedOptimizer(Optimizer):
                 f"the {type(self.optimizer).__name__} does not own these penalized parameters: {', '.join(foreign)}. "
                 "Give it penalty.restricted_to(optimizer), which is the same penalty on those that it owns"
             )
-        return [(terms, owners[id(terms[0].tensor)]) for terms in work]
-
-    def _active(self) -> Active:
-        return [(terms, group) for terms, group in self._owned() if terms[0].tensor.grad is not None]
+        return [Owned(terms, owners[id(terms[0].tensor)]) for terms in work]
 
     def _check(self) -> None:
-        owned = self._owned()
-        per_coordinate = differs_by_coordinate(self.optimizer, self.metric)
-        for terms, group in owned:
-            if self.mode == "proximal":
-                check_prox(terms, per_coordinate)
-                if per_coordinate and terms[0].tensor.is_complex():
-                    raise ValueError(
-                        f"parameter {terms[0].name!r} is complex, and {type(self.optimizer).__name__} takes other "
-                        "steps for its real than for its imaginary part; use metric='euclidean'"
-                    )
-            else:
-                check_grad(terms)
-            if self.mode != "coupled" and "lr" not in group:
+        name = type(self.optimizer).__name__
+        every = self._owned()
+        for owned in every:
+            self._mode.check(owned)
+            if self._mode.wants_lr and "lr" not in owned.group:
                 raise ValueError(
-                    f"the param_groups of {type(self.optimizer).__name__} have no 'lr', which mode={self.mode!r} "
-                    "needs; use mode='coupled'"
+                    f"the param_groups of {name} have no 'lr', which mode={self.mode!r} needs; use mode='coupled'"
                 )
-        decaying = [terms[0].name for terms, group in owned if group.get("weight_decay")]
+        decaying = [owned.name for owned in every if owned.group.get("weight_decay")]
         if decaying:
             warnings.warn(
-                f"{', '.join(decaying)}: penalized here, and by the weight_decay of {type(self.optimizer).__name__} "
-                "too (AdamW's default is 0.01); both shrink them. Set weight_decay=0 for them if that is not meant",
+                f"{', '.join(decaying)}: penalized here, and by the weight_decay of {name} too (AdamW's default is "
+                "0.01); both shrink them. Set weight_decay=0 for them if that is not meant",
                 stacklevel=3,
             )
-        if self.mode == "proximal" and self.metric == "auto" and not knows(self.optimizer):
+        why = why_not(self.optimizer)
+        if self._mode.moves_by_prox and self.metric == "auto" and why is not None:
             warnings.warn(
-                f"the step that {type(self.optimizer).__name__} takes for a unit gradient is not known; the prox takes "
-                "its lr. Pass metric='euclidean' to say that this is right, or a callable that returns the step",
+                f"{name} {why}: the step that it takes for a unit gradient is not known, and the prox takes its lr. "
+                "Pass metric='euclidean' to say that this is right, or a callable that returns the step",
                 stacklevel=3,
             )
 
@@ -250,8 +255,17 @@ class RegularizedOptimizer(Optimizer):
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As the wrapped optimizer's."""
+        """As the wrapped optimizer's; latent weights and frozen zeros come back too, in their own dtype."""
         self.optimizer.load_state_dict(state_dict)
+        self._mode = MODES[self.mode](self.optimizer, self.metric)
+        self._zeros.thaw()  # they are found anew, in the weights that are loaded with this state
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        for key, tensor in zip(keys, tensors, strict=True):
+            saved = state_dict["state"].get(key, {})
+            for name in (dual.LATENT, dual.STEPS):
+                if name in saved:
+                    self.state[tensor][name] = saved[name].to(tensor.device, copy=True)
 
     def __getattr__(self, name: str) -> Any:
         # What an optimizer has beyond torch.optim's interface, such as the train() of schedule-free ones.
@@ -260,10 +274,18 @@ class RegularizedOptimizer(Optimizer):
         return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
+        # Hooks stay behind, as torch.optim's do, and the step that a scheduler has put on this object: it would still
+        # be this object's.
+        bound = ("step", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+        return {name: value for name, value in self.__dict__.items() if name not in bound}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._forget_hooks()
+
+    def _forget_hooks(self) -> None:
+        self._optimizer_step_pre_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
+        self._optimizer_step_post_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
 
     def __repr__(self) -> str:
         return f"RegularizedOptimizer(mode={self.mode!r}\n{self.penalty!r}\n{self.optimizer!r})"

@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from . import functional as F
 from . import loss, multi_tensor
-from .groups import Elements, Grouping, Groups, SingularValues, resolve
+from .groups import Elements, Grouping, Groups, SingularValues, resolve, working_dtype
 from .selection import Params, Select, Slot, select_slots, spellings
 from .summary import summary_table
 from .terms import Term, add_grads_, by_tensor, check_grad, check_prox, distance, prox_
@@ -91,8 +92,7 @@ class Penalty(nn.Module):
         self._centers: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
         self._refuse_overlap()
-        for term in self.terms(frozen=True):
-            _check_groups(term)
+        self.terms(frozen=True)  # raises where a parameter does not fit the groups
         if center is not None:
             self._centers = self._per_parameter("center", center, center_of)
         if weights is not None:
@@ -149,10 +149,11 @@ class Penalty(nn.Module):
         for group, slots in zip(self.param_groups, self._slots, strict=True):
             for slot in slots:
                 for name, tensor in slot.read():
-                    if id(tensor) in seen or (not frozen and slot.frozen(name, tensor)):
+                    if id(tensor) in seen or (slot.frozen(name, tensor) and not frozen):
                         continue
                     seen.add(id(tensor))
                     grouping = resolve(self.groups, slot.unit_dims(tensor.ndim), self.scale)
+                    _check_groups(name, tensor, grouping)
                     weights, center = (
                         self._beside(self._weights, name, tensor),
                         self._beside(self._centers, name, tensor),
@@ -186,7 +187,9 @@ class Penalty(nn.Module):
         if terms:
             return loss.total(terms)
         frozen = self.terms(frozen=True)
-        return torch.zeros((), device=frozen[0].tensor.device if frozen else None)
+        dtypes = {working_dtype(term.tensor.dtype) for term in frozen}
+        device = frozen[0].tensor.device if frozen else None
+        return torch.zeros((), device=device, dtype=torch.float64 if torch.float64 in dtypes else torch.float32)
 
     @torch.no_grad()
     def add_grad_(self) -> None:
@@ -227,7 +230,8 @@ class Penalty(nn.Module):
         ]
         if not distances:
             return torch.zeros(())
-        return torch.stack([d.to(distances[0]) for d in distances]).max()
+        whole = [d.full_tensor() if isinstance(d, DTensor) else d for d in distances]
+        return torch.stack([d.to(whole[0]) for d in whole]).max()
 
     def restricted_to(self, optimizer: torch.optim.Optimizer) -> Penalty:
         """The same penalty, lambda shared, on those of its parameters that `optimizer` owns.
@@ -253,7 +257,10 @@ class Penalty(nn.Module):
     def __add__(self, other: Penalty) -> Sum:
         if not isinstance(other, Penalty):
             return NotImplemented
-        return Sum([*self.parts, *other.parts])
+        return Sum([self, other])
+
+    def __radd__(self, other: object) -> Penalty:
+        return self if isinstance(other, int) and other == 0 else NotImplemented  # where sum() of penalties begins
 
     def extra_repr(self) -> str:
         """What stands between the brackets of its repr."""
@@ -319,7 +326,7 @@ class Sum(Penalty):
 
     def __init__(self, penalties: Iterable[Penalty]) -> None:
         nn.Module.__init__(self)
-        self.penalties = nn.ModuleList(penalties)
+        self.penalties = nn.ModuleList(part for penalty in penalties for part in penalty.parts)
 
     get_extra_state = nn.Module.get_extra_state  # each part has its own
 
@@ -331,11 +338,16 @@ class Sum(Penalty):
     @property
     def lam(self) -> float:
         """A sum has none: read and set it on `penalties`."""
-        raise AttributeError("a sum has no lam of its own; read it on one of its .penalties")
+        raise AttributeError  # python then asks __getattr__, which says why
 
     @lam.setter
     def lam(self, lam: float) -> None:
         raise AttributeError("a sum has no lam of its own; set it on one of its .penalties")
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "lam":
+            raise AttributeError("a sum has no lam of its own; read it on one of its .penalties")
+        return super().__getattr__(name)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -384,18 +396,19 @@ def _as_groups(params: Any) -> list[dict[str, Any]]:
     for entry in entries:
         if not isinstance(entry, dict) or "params" not in entry or not entry.keys() <= GROUP_KEYS:
             raise ValueError(
-                f"a parameter group must be a dict with a 'params' and, if wanted, 'lam' and 'select'; got {entry!r}"
+                "a parameter group must be a dict with a 'params' and, if wanted, 'lam' and 'select'; got "
+                + (f"a dict with {sorted(map(str, entry))}" if isinstance(entry, dict) else f"a {type(entry).__name__}")
             )
         if isinstance(entry["params"], Iterator):
             entry["params"] = list(entry["params"])
     return entries
 
 
-def _check_groups(term: Term) -> None:
+def _check_groups(name: str, tensor: Tensor, grouping: Grouping) -> None:
     try:
-        term.grouping.check(term.tensor.shape)
+        grouping.check(tensor.shape)
     except ValueError as error:
-        raise ValueError(f"parameter {term.name!r}: {error}") from None
+        raise ValueError(f"parameter {name!r}: {error}") from None
 
 
 def center_of(term: Term, entry: Tensor | None) -> Tensor:

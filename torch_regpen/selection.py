@@ -10,7 +10,7 @@ import difflib
 import re
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -43,7 +43,8 @@ class Slot:
         self.key = key
         self.tensor = tensor
         self.select: Select | None = None  # what still has to judge a lazy parameter, once it has a shape
-        self.registered: dict[str, weakref.ref[Tensor]] = {}
+        self.registered: dict[str, weakref.ref[Tensor]] = {}  # the parameters that last stood here, by name,
+        self.was_frozen: dict[str, bool] = {}  # and what is left of them where they are gone
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
         """The parameters that stand here now, with their qualified names, frozen ones included; none while it is lazy.
@@ -63,7 +64,7 @@ class Slot:
     def matches(self, select: Select, name: str, tensor: Tensor) -> bool:
         """Whether `select` means the parameter `tensor`, which stands here under the qualified `name`."""
         if callable(select):
-            return select(spellings(name)[-1], tensor)
+            return any(select(spellings(called)[-1], tensor) for called in dict.fromkeys((name, self.name)))
         if select == "all":
             return True
         if select == "weights":
@@ -74,16 +75,15 @@ class Slot:
 
     def frozen(self, name: str, tensor: Tensor) -> bool:
         """Whether the registered parameter is frozen, even where functorch has put another tensor in its place."""
-        if self.owner is None or torch.compiler.is_compiling():
+        if self.owner is None:
             return not tensor.requires_grad
         if isinstance(tensor, nn.Parameter):
-            last = self.registered.get(name)
-            if last is None or last() is not tensor:
+            if not torch.compiler.is_compiling():
                 self.registered[name] = weakref.ref(tensor)
+                self.was_frozen[name] = not tensor.requires_grad
             return not tensor.requires_grad
-        known = self.registered.get(name)
-        parameter = known() if known is not None else None
-        return parameter is not None and not parameter.requires_grad
+        parameter = self.registered[name]() if name in self.registered else None
+        return self.was_frozen.get(name, False) if parameter is None else not parameter.requires_grad
 
     def unit_dims(self, ndim: int) -> tuple[int, int]:
         """The dimensions along which the output and the input units of a parameter here lie."""
@@ -111,7 +111,9 @@ class Slot:
                 yield f"{prefix}parametrizations.{self.key}.{key}", original
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "registered": {}}  # weak references cannot be copied; the next use takes them anew
+        # Weak references cannot be copied: the next use takes them anew.
+        now = {name: not p.requires_grad for name, last in self.registered.items() if (p := last()) is not None}
+        return {**self.__dict__, "registered": {}, "was_frozen": {**self.was_frozen, **now}}
 
 
 def select_slots(params: Params, select: Select | None) -> list[Slot]:
@@ -138,7 +140,7 @@ def select_slots(params: Params, select: Select | None) -> list[Slot]:
 
 def spellings(name: str) -> list[str]:
     """The names by which a parameter can be called: as it is, and without the prefixes that wrappers add."""
-    plain = re.sub(r"(^|\.)_orig_mod\.", r"\1", name)
+    plain = re.sub(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module)\.", r"\1", name)
     while plain.startswith("module."):
         plain = plain.removeprefix("module.")
     return [name] if plain == name else [name, plain]
@@ -162,7 +164,7 @@ def _of_tensor(index: int, entry: object) -> Slot:
 
 
 def _of_module(module: nn.Module, select: Select) -> list[Slot]:
-    if not callable(select) and not (isinstance(select, str) or (select and all(isinstance(p, str) for p in select))):
+    if not callable(select) and not (isinstance(select, Collection) and all(isinstance(p, str) for p in select)):
         raise TypeError(
             f"select={select!r}: allowed are 'weights', 'all', a glob or a list of globs on parameter names, or a "
             "callable (name, parameter) -> bool"

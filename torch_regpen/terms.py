@@ -259,7 +259,7 @@ def prox(terms: list[Term], step: float | Tensor, cap: float | Tensor | None = N
         term = terms[0]
         t = step * term.scaled_lam
         x = term.offset(w)
-        v = _limit(x, F.prox(lambda u: term.kind.rho_prox(u, t), x, term.grouping), cap, term.grouping)
+        v = limit(x, F.prox(lambda u: term.kind.rho_prox(u, t), x, term.grouping), cap, term.grouping)
         return v if term.center is None else v + term.center
     v = w.to(torch.promote_types(w.dtype, working_dtype(w.dtype)))
     v, step = _prox_quadratic(terms, v, step)
@@ -274,7 +274,7 @@ def prox(terms: list[Term], step: float | Tensor, cap: float | Tensor | None = N
         v, center = v + center, None
     if any(term.kind.positive for term in linear):
         v = v.clamp_min(0)
-    v = _limit(w if center is None else w - center, v, cap, Elements())
+    v = limit(w if center is None else w - center, v, cap, Elements())
     if grouped := [term for term in linear if term.grouped]:
         v = _prox_grouped(grouped, v, step, cap)
     return v if center is None else v + center
@@ -291,7 +291,7 @@ def decayed(terms: list[Term], step: float | Tensor, cap: None = None) -> Tensor
     v = w - step * sum(term.grad(w) for term in terms)
     if any(term.center is not None for term in terms):
         return v
-    crossed = (v * w.conj()).real < 0 if w.is_complex() else v * w < 0
+    crossed = (v.sgn() * w.sgn().conj()).real < 0  # of v * w itself, tiny numbers would lose the sign
     return v.masked_fill(crossed, 0)
 
 
@@ -306,11 +306,14 @@ def distance(terms: list[Term], grad: Tensor) -> Tensor:
         ValueError: it is not known in closed form, for groups that overlap.
     """
     w = terms[0].tensor
-    residual = -grad.to(torch.promote_types(grad.dtype, working_dtype(grad.dtype)))
+    if grad.is_sparse:
+        grad = grad.to_dense()
+    wide = torch.promote_types(w.dtype, working_dtype(w.dtype))
+    residual = -grad.to(wide)
     slack: Tensor | float = 0.0  # what the elements that are zero can absorb
     slope: Tensor | float = 0.0  # what the groups that are zero can absorb, for each of their elements
     for term in terms:
-        residual = residual - term.grad(w)
+        residual = residual - term.grad(w.to(wide))
         if not term.kind.separable:
             continue
         zero = torch.zeros((), dtype=working_dtype(w.dtype), device=w.device)
@@ -335,7 +338,7 @@ def distance(terms: list[Term], grad: Tensor) -> Tensor:
     return farthest
 
 
-def _limit(old: Tensor, new: Tensor, cap: float | Tensor | None, grouping: Grouping) -> Tensor:
+def limit(old: Tensor, new: Tensor, cap: float | Tensor | None, grouping: Grouping) -> Tensor:
     """`new`, moved back towards `old` where an element moved by more than `cap` or a group by `cap * sqrt(size)`."""
     if cap is None:
         return new
@@ -368,7 +371,7 @@ def _prox_grouped(terms: list[Any], v: Tensor, step: float | Tensor, cap: float 
     else:
         t = step * lam
         shrunk = F.prox(lambda u: (u - t).clamp_min(0), v, grouping)
-    return _limit(v, shrunk, cap, grouping)
+    return limit(v, shrunk, cap, grouping)
 
 
 def _block_soft_threshold(x: Tensor, r: Tensor, dims: list[int]) -> Tensor:
@@ -376,17 +379,20 @@ def _block_soft_threshold(x: Tensor, r: Tensor, dims: list[int]) -> Tensor:
 
     `v_i = x_i * theta / (theta + r_i)` where `theta = ||v||` solves `f(theta) = sum_i (x_i / (theta + r_i))^2 = 1`, and
     `v = 0` where `f(0) <= 1`. `1/sqrt(f)` is concave (a power mean of lines), so Newton's method for it climbs to the
-    root from any start below it; `||x|| - max r` is one.
+    root from any start below it; `||x|| - max r` is one, and so is each `|x_i| - r_i`, above which no quotient exceeds 1.
     """
 
     def total(y: Tensor) -> Tensor:
         return y.sum(dim=dims, keepdim=True) if dims else y
 
+    def largest(y: Tensor) -> Tensor:
+        return y.amax(dim=dims, keepdim=True) if dims else y
+
     tiny = torch.finfo(r.dtype).tiny
     r = r.clamp_min(tiny)
     dead = total((x / r).abs().square()) <= 1
-    largest = r.amax(dim=dims, keepdim=True) if dims else r
-    theta = (total(x.abs().square()).sqrt() - largest).clamp_min(0)
+    norm = total(x.abs().square()).sqrt()
+    theta = torch.maximum(norm - largest(r), largest(x.abs() - r)).clamp_min(0)
     for _ in range(NEWTON_STEPS):
         inverse = 1 / (theta + r)
         squares = (x * inverse).abs().square()

@@ -1,0 +1,86 @@
+"""The dual mode: each penalized parameter has a latent twin, which the optimizer moves in its place.
+
+`latent -= s * grad(w)`, `S += s`, `w = prox(latent, S*lam)`: regularized dual averaging (Xiao 2010). The twin and the
+sum of the steps live in the optimizer's state of the parameter, so that they travel in its state dict.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .groups import Elements, working_dtype
+from .metric import Step
+from .multi_tensor import local
+from .terms import Term, limit, prox
+
+__all__ = ["LATENT", "STEPS", "fingerprint", "forget", "to_latent", "to_visible", "visible"]
+
+LATENT = "latent"
+STEPS = "latent_steps"
+
+State = dict[str, Any]
+
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def fingerprint(parameter: Tensor) -> Tensor:
+    """A sum of the bits of the elements on this rank, 0-dim: equal as long as nobody changed them."""
+    w = local(parameter)
+    w = torch.view_as_real(w) if w.is_complex() else w
+    return w.view(INTEGERS[w.element_size()]).sum()
+
+
+def to_latent(parameter: Tensor, state: State, known: Tensor | None) -> None:
+    """Put the latent weights in place of the visible ones, which are kept where the latent ones were.
+
+    Args:
+        parameter: holds the visible weights.
+        state: the optimizer's state of the parameter; without a twin in it the latent weights are the visible ones.
+        known: the fingerprint of the weights that the last step left; where it differs now the twin starts anew.
+    """
+    if LATENT not in state:
+        return
+    w, twin = local(parameter), local(state[LATENT])
+    latent = twin.clone()
+    if known is not None:
+        changed = fingerprint(parameter) != known
+        latent = torch.where(changed, w.to(twin.dtype), latent)
+        local(state[STEPS]).masked_fill_(changed, 0)
+    twin.copy_(w)
+    w.copy_(latent)
+
+
+def to_visible(terms: list[Term], state: State, step: Step) -> None:
+    """Keep the latent weights that the optimizer has moved, and put the visible ones in their place."""
+    parameter = terms[0].tensor
+    if LATENT not in state:
+        state[LATENT] = parameter.detach().clone()
+        like = parameter if isinstance(step.size, Tensor) and step.size.ndim else parameter.new_zeros(())
+        state[STEPS] = torch.zeros_like(like, dtype=working_dtype(parameter.dtype))
+    state[STEPS] += step.size
+    w = visible(terms, state)
+    if step.cap is not None:
+        w = _shrunk_at_most(step.cap, state[LATENT], w, terms)
+    state[LATENT].copy_(parameter)
+    parameter.copy_(w)
+
+
+def visible(terms: list[Term], state: State) -> Tensor:
+    """`prox(latent, S*lam)`, of the latent weights that the parameter holds."""
+    return prox(terms, state[STEPS]) if STEPS in state else terms[0].tensor.clone()
+
+
+def forget(state: State) -> None:
+    """The latent twin goes; the visible weights are what goes on."""
+    state.pop(LATENT, None)
+    state.pop(STEPS, None)
+
+
+def _shrunk_at_most(cap: float | Tensor, old: Tensor, new: Tensor, terms: list[Term]) -> Tensor:
+    """`new`, in which nothing has shrunk from `old` by more than the cap; growing is free."""
+    grouping: Any = next((term.grouping for term in terms if term.grouped), Elements())
+    shrinks = grouping.polar(new)[0] < grouping.polar(old)[0]
+    return torch.where(grouping.spread(shrinks, new), limit(old, new, cap, grouping), new)

@@ -1,0 +1,452 @@
+"""What WeightLogger writes, read back from the event files with TensorBoard's own reader; the oracle is numpy."""
+
+import math
+import socket
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from torch_regpen import L1, L2
+from torch_regpen import tensorboard as regpen_tensorboard
+from torch_regpen.tensorboard import WeightLogger
+
+pytest.importorskip("tensorboard")
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+TINIEST = 2.0**-149  # the smallest float32
+
+
+class Board:
+    """A writer, and what is on the board."""
+
+    def __init__(self, path):
+        self.path = str(path)
+        self.writer = SummaryWriter(self.path)
+
+    def read(self):
+        self.writer.flush()
+        return EventAccumulator(self.path, size_guidance={"scalars": 0, "histograms": 0}).Reload()
+
+    def tags(self):
+        tags = self.read().Tags()
+        return set(tags["scalars"]) | set(tags["histograms"])
+
+    def steps(self, tag):
+        return [event.step for event in self.read().Scalars(tag)]
+
+    def scalar(self, tag):
+        return self.read().Scalars(tag)[-1].value
+
+    def histogram(self, name="w"):
+        return self.read().Histograms(f"weights/{name}")[-1].histogram_value
+
+    def bins(self, name="w"):
+        """(left, right, count) of each bin that is not empty."""
+        histogram = self.histogram(name)
+        limits = histogram.bucket_limit
+        pairs = zip([histogram.min, *limits[:-1]], limits, histogram.bucket, strict=True)
+        return [(left, right, count) for left, right, count in pairs if count]
+
+
+@pytest.fixture
+def board(tmp_path):
+    board = Board(tmp_path)
+    yield board
+    board.writer.close()
+
+
+def holding(**tensors):
+    model = nn.Module()
+    for name, tensor in tensors.items():
+        model.register_parameter(name, nn.Parameter(torch.as_tensor(tensor)))
+    return model
+
+
+def log(board, source):
+    WeightLogger(board.writer, source).step()
+
+
+def normal(*shape, scale=0.1, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def expected_counts(w):
+    """How many of the finite weights `w` (float64) lie in each bin, by the sign and the outer edge of the bin."""
+    w = w[np.isfinite(w)]
+    mantissa, exponent = np.frexp(np.abs(w))
+    eighths = np.ceil((2 * mantissa - 1) * 8)
+    return Counter(np.where(w == 0, 0, np.sign(w) * np.ldexp(1 + eighths / 8, exponent - 1)).tolist())
+
+
+def assert_histogram_is_of(board, w, name="w"):
+    """The histogram `name` on the board is that of the float64 array `w`."""
+    finite = w[np.isfinite(w)]
+    histogram, bins = board.histogram(name), board.bins(name)
+    counts = expected_counts(w)
+    outer = sorted(counts)
+    assert [count for _, _, count in bins] == [counts[edge] for edge in outer]
+    # The edges are those of the grid, but the first and the last bin end where the weights end.
+    assert [right for edge, (_, right, _) in zip(outer[:-1], bins[:-1], strict=True) if edge > 0] == [
+        edge for edge in outer[:-1] if edge > 0
+    ]
+    assert [left for edge, (left, _, _) in zip(outer[1:], bins[1:], strict=True) if edge < 0] == [
+        edge for edge in outer[1:] if edge < 0
+    ]
+    assert all(left <= right for left, right, _ in bins)
+    assert histogram.num == len(finite)
+    assert histogram.sum == pytest.approx(finite.sum(), rel=1e-5, abs=1e-5 * np.abs(finite).sum())
+    assert histogram.sum_squares == pytest.approx((finite**2).sum(), rel=1e-5)
+    if np.isfinite(w).all():
+        assert (histogram.min, histogram.max) == (w.min(), w.max())
+
+
+# What is written
+
+
+def test_histogram_is_symmetric_logarithmic_and_exact(board):
+    w = normal(50, 40)
+    log(board, holding(w=w))
+    assert_histogram_is_of(board, w.double().numpy().ravel())
+
+
+def test_bin_edges_belong_to_the_bin_towards_zero(board):
+    w = [-2.0, -1.0, 1.0, 1.125, 1.126, 2.0]
+    log(board, holding(w=w))
+    assert board.bins() == [
+        (-2.0, -1.875, 1),
+        (-1.0, -0.9375, 1),
+        (0.9375, 1.0, 1),
+        (1.0, 1.125, 1),
+        (1.125, 1.25, 1),
+        (1.875, 2.0, 1),
+    ]
+
+
+@pytest.mark.parametrize("small", [1e-13, 1e-40, TINIEST])
+def test_exact_zeros_have_a_bin_of_their_own(board, small):
+    log(board, holding(w=[0.0, -0.0, 0.0, small, -small, -small, 0.5]))
+    assert (0.0, 0.0, 3) in board.bins()
+    negative = sum(count for left, _, count in board.bins() if left < 0)
+    positive = sum(count for _, right, count in board.bins() if right > 0)
+    assert (negative, positive) == (2, 2)
+    assert board.scalar("sparsity/w") == pytest.approx(3 / 7)
+
+
+def test_sparsity_is_the_fraction_of_exact_zeros_in_each_parameter_and_in_all(board):
+    log(board, holding(a=[0.0, -0.0, 1.0, 1e-30], b=[[0.0, 2.0], [3.0, 4.0], [5.0, 6.0]], c=[7.0]))
+    assert board.scalar("sparsity/a") == 0.5
+    assert board.scalar("sparsity/b") == pytest.approx(1 / 6)
+    assert board.scalar("sparsity/c") == 0
+    assert board.scalar("sparsity/total") == pytest.approx(3 / 11)
+
+
+def test_norms_are_those_of_all_finite_weights(board):
+    a, b = normal(30, 20), normal(1000, seed=1)
+    b[3] = math.inf
+    log(board, holding(a=a, b=b))
+    finite = np.concatenate([a.double().numpy().ravel(), np.delete(b.double().numpy(), 3)])
+    assert board.scalar("norm/l1") == pytest.approx(np.abs(finite).sum(), rel=1e-6)
+    assert board.scalar("norm/l2") == pytest.approx(np.sqrt((finite**2).sum()), rel=1e-6)
+
+
+def test_not_finite_weights_are_counted_and_left_out_of_the_histogram(board):
+    w = normal(100) + 1  # all positive: 0 in their place would show as the smallest
+    w[:4] = torch.tensor([math.nan, math.inf, -math.inf, math.nan])
+    w[4] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)  # NaN of all ones, as uninitialized memory has
+    w[5:7] = torch.tensor([0.0, 3e38])
+    log(board, holding(w=w))
+    assert_histogram_is_of(board, w.double().numpy())
+    assert board.scalar("nonfinite/w") == 5
+    assert board.scalar("sparsity/w") == pytest.approx(1 / 100)
+
+
+def test_not_finite_weights_do_not_widen_the_histogram(board):
+    log(board, holding(w=[math.nan, 1.5, 2.0], v=[math.inf, -1.5, -2.0]))
+    assert (board.histogram("w").min, board.histogram("w").max) == (1.375, 2.0)
+    assert (board.histogram("v").min, board.histogram("v").max) == (-2.0, -1.375)
+
+
+def test_nothing_is_said_of_not_finite_weights_where_there_are_none(board):
+    log(board, holding(w=[1.0, 0.0]))
+    assert not [tag for tag in board.tags() if tag.startswith("nonfinite")]
+
+
+def test_weights_that_are_all_nan_write_no_histogram(board):
+    log(board, L1([("w", torch.full((3,), math.nan, requires_grad=True))], 1.0))
+    assert board.scalar("nonfinite/w") == 3
+    assert board.scalar("sparsity/w") == 0
+    assert math.isnan(board.scalar("penalty/value"))
+    assert "weights/w" not in board.tags()
+
+
+def test_an_empty_parameter_writes_no_histogram_and_no_fraction(board):
+    log(board, holding(empty=torch.empty(0, 3), w=[0.0, 1.0]))
+    assert board.tags() == {"weights/w", "sparsity/w", "sparsity/total", "norm/l1", "norm/l2"}
+    assert board.scalar("sparsity/total") == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_every_floating_point_type_is_counted_in_its_own_precision(board, dtype):
+    w = normal(3000).to(dtype)
+    w[:10] = 0
+    log(board, holding(w=w))
+    assert_histogram_is_of(board, w.double().numpy())
+    assert board.scalar("sparsity/w") == pytest.approx((w == 0).double().mean().item())
+
+
+def test_float64_beyond_the_range_of_float32_is_neither_zero_nor_infinite(board):
+    w = torch.tensor([1e-300, -1e-200, 1e100, 0.0], dtype=torch.float64)
+    log(board, holding(w=w))
+    assert_histogram_is_of(board, w.numpy())
+    assert board.scalar("sparsity/w") == 0.25
+
+
+def test_the_largest_finite_weights_are_finite(board):
+    largest = torch.finfo(torch.float32).max
+    log(board, holding(w=[-largest, largest]))
+    assert [count for _, _, count in board.bins()] == [1, 1]
+    assert np.isfinite(board.histogram().bucket_limit).all()
+
+
+def test_complex_weights_go_by_modulus(board):
+    w = torch.complex(normal(200), normal(200, seed=1))
+    w[:3] = 0
+    log(board, holding(w=w))
+    assert_histogram_is_of(board, w.abs().double().numpy())
+    assert board.scalar("norm/l1") == pytest.approx(w.abs().double().sum().item(), rel=1e-6)
+
+
+def test_memory_layout_does_not_matter(board):
+    w = normal(4, 3, 5, 5)
+    log(board, holding(w=w.to(memory_format=torch.channels_last), v=w[:, ::2].transpose(0, 3)))
+    assert_histogram_is_of(board, w.double().numpy().ravel())
+    assert_histogram_is_of(board, w[:, ::2].double().numpy().ravel(), "v")
+
+
+def test_a_large_tensor_goes_through_in_chunks(board, monkeypatch):
+    monkeypatch.setattr(regpen_tensorboard, "CPU_CHUNK", 7)
+    w = normal(10, 10)
+    w[0, 0] = math.nan
+    log(board, holding(w=w))
+    assert_histogram_is_of(board, w.double().numpy().ravel())
+    assert board.scalar("nonfinite/w") == 1
+
+
+def test_counting_reads_nothing_back_from_the_device():
+    with FakeTensorMode():  # has no values: reading one raises
+        regpen_tensorboard._tally(torch.empty(100, 3))
+
+
+class LargestCopy(TorchDispatchMode):
+    """The number of elements of the largest tensor that is made, views of `w` apart."""
+
+    def __init__(self, w):
+        super().__init__()
+        self.storage = w.untyped_storage().data_ptr()
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() != self.storage:
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_counting_copies_no_more_than_a_chunk_at_once(layout, monkeypatch):
+    monkeypatch.setattr(regpen_tensorboard, "CPU_CHUNK", 5000)
+    w = normal(20, 20, 10, 10).to(memory_format=layout)
+    with LargestCopy(w) as copies:
+        regpen_tensorboard._tally(w)
+    assert copies.largest == 5000
+
+
+def test_logging_leaves_the_weights_alone(board):
+    model = holding(w=[-0.0, math.nan, math.inf, 1.0])
+    before = model.w.detach().clone()
+    log(board, model)
+    assert torch.equal(model.w.detach().view(torch.int32), before.view(torch.int32))
+    assert model.w.grad is None
+    assert model.w.requires_grad
+
+
+# What is said of the penalty
+
+
+def test_of_a_penalty_its_value_its_lambda_and_its_parameters_are_written(board):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    penalty = L1(model, lam=0.01)
+    log(board, penalty)
+    assert board.scalar("penalty/value") == pytest.approx(penalty().item())
+    assert board.scalar("penalty/lam") == pytest.approx(0.01)
+    assert {tag for tag in board.tags() if tag.startswith("weights/")} == {"weights/0.weight", "weights/1.weight"}
+
+
+def test_of_a_bare_model_all_parameters_are_written_and_no_penalty(board):
+    log(board, nn.Linear(3, 4))
+    assert board.tags() == {
+        *("weights/weight", "weights/bias", "sparsity/weight", "sparsity/bias"),
+        *("sparsity/total", "norm/l1", "norm/l2"),
+    }
+
+
+def test_frozen_parameters_are_left_out_with_the_penalty(board):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model[0].weight.requires_grad_(False)
+    log(board, L1(model, 0.1))
+    assert "weights/0.weight" not in board.tags()
+    assert "weights/1.weight" in board.tags()
+
+
+def test_a_parameter_in_two_parts_of_a_sum_is_written_once(board):
+    w = torch.tensor([[0.0, 1.0]], requires_grad=True)
+    log(board, L1([("w", w)], 0.1) + L2([("w", w)], 0.2))
+    assert board.steps("sparsity/w") == [0]
+    assert board.scalar("norm/l1") == 1
+    assert board.scalar("penalty/value") == pytest.approx(0.1 + 0.2)
+
+
+def test_several_lambdas_are_numbered(board):
+    a, b = torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)
+    groups = [{"params": [("a", a)]}, {"params": [("b", b)], "lam": 0.2}]
+    log(board, L1(groups, 0.1) + L2([("a", a)], 0.3))
+    assert [board.scalar(f"penalty/lam/{i}") for i in range(3)] == pytest.approx([0.1, 0.2, 0.3])
+    assert "penalty/lam" not in board.tags()
+
+
+def test_a_lambda_that_changes_is_followed(board):
+    penalty = L1([torch.ones(2, requires_grad=True)], 0.0)
+    logger = WeightLogger(board.writer, penalty)
+    for lam in (0.0, 0.5, 1.0):
+        penalty.lam = lam
+        logger.step()
+    assert [event.value for event in board.read().Scalars("penalty/lam")] == [0.0, 0.5, 1.0]
+
+
+def test_two_models_with_the_same_names_are_both_written(board):
+    log(board, L1(nn.Linear(2, 3), 0.1) + L1(nn.Linear(4, 5), 0.1))
+    assert {tag for tag in board.tags() if tag.startswith("weights/")} == {"weights/weight", "weights/weight_"}
+    assert board.histogram("weight_").num == 20
+
+
+@pytest.mark.parametrize("penalized", [False, True])
+def test_lazy_parameters_are_written_once_they_are_there(board, penalized):
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
+    logger = WeightLogger(board.writer, L1(model, 0.1) if penalized else model)
+    logger.step()
+    model(torch.ones(1, 3))
+    logger.step()
+    assert board.steps("sparsity/0.weight") == [1]
+    assert board.steps("sparsity/1.weight") == [0, 1]
+
+
+# When it is written
+
+
+def test_it_writes_at_step_0_and_each_every_steps(board):
+    logger = WeightLogger(board.writer, nn.Linear(2, 2), every=3)
+    for _ in range(8):
+        logger.step()
+    assert board.steps("norm/l1") == [0, 3, 6]
+    assert [event.step for event in board.read().Histograms("weights/weight")] == [0, 3, 6]
+
+
+def test_a_given_step_counts_and_the_count_goes_on_from_it(board):
+    logger = WeightLogger(board.writer, nn.Linear(2, 2), every=5)
+    logger.step(100)
+    for _ in range(6):
+        logger.step()
+    logger.step(7)
+    assert board.steps("norm/l1") == [100, 105]
+
+
+def test_a_step_that_is_no_whole_number_is_refused(board):
+    with pytest.raises(TypeError, match="float"):
+        WeightLogger(board.writer, nn.Linear(2, 2)).step(1.5)
+
+
+def test_a_rank_without_writer_computes_the_penalty_too_and_no_graph():
+    values = []
+    penalty = L1(nn.Linear(2, 2), 0.1)
+    penalty.register_forward_hook(lambda module, args, value: values.append(value))
+    logger = WeightLogger(None, penalty, every=2)
+    for _ in range(3):
+        logger.step()
+    assert [value.requires_grad for value in values] == [False, False]
+
+
+# What is refused
+
+
+class ScalarsOnly:
+    def add_scalar(self, *_):
+        """As a writer without histograms has it."""
+
+
+@pytest.mark.parametrize("writer", ["runs", ScalarsOnly()])
+def test_something_that_cannot_write_is_refused(writer):
+    with pytest.raises(TypeError, match=r"add_histogram_raw.*None") as error:
+        WeightLogger(writer, nn.Linear(2, 2))
+    assert type(writer).__name__ in str(error.value)
+    assert 'pip install "torch_regpen[tensorboard]"' in str(error.value)
+
+
+@pytest.mark.parametrize("source", [None, [nn.Linear(2, 2).weight], nn.Linear])
+def test_something_that_is_neither_penalty_nor_model_is_refused(source):
+    with pytest.raises(TypeError, match="penalty"):
+        WeightLogger(None, source)
+
+
+@pytest.mark.parametrize(("every", "error"), [(0, ValueError), (-1, ValueError), (1.0, TypeError), (True, TypeError)])
+def test_every_must_be_a_positive_int(every, error):
+    with pytest.raises(error, match=rf"every={every}.*int, 1 or more"):
+        WeightLogger(None, nn.Linear(2, 2), every=every)
+
+
+# Sharded parameters
+
+
+def _log_sharded(rank, path, port, whole):
+    torch.set_num_threads(1)  # a forked process cannot use the threads of its parent
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    model = nn.Module()
+    for name, placement in {"sharded": Shard(0), "replicated": Replicate()}.items():
+        model.register_parameter(name, nn.Parameter(distribute_tensor(whole, mesh, [placement])))
+    model.register_parameter("one_row", nn.Parameter(distribute_tensor(whole[:1], mesh, [Shard(0)])))
+    model.register_parameter("plain", nn.Parameter(whole.clone()))
+    writer = SummaryWriter(path) if rank == 0 else None
+    WeightLogger(writer, L1(model, 0.1)).step()
+    if writer is not None:
+        writer.close()
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks, since a process that imports torch anew takes seconds")
+def test_sharded_parameters_are_counted_over_all_ranks(board):
+    whole = normal(5, 4)
+    whole[0, :2] = 0
+    whole[4, 0], whole[4, 1], whole[1, 1] = 3.0, math.nan, -2.0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(_log_sharded, args=(board.path, port, whole), nprocs=2, start_method="fork")
+    for name in ("sharded", "replicated", "plain"):
+        assert_histogram_is_of(board, whole.double().numpy().ravel(), name)
+        assert board.histogram(name).max == 3
+        assert board.scalar(f"nonfinite/{name}") == 1
+        assert board.scalar(f"sparsity/{name}") == pytest.approx(2 / 20)
+    assert_histogram_is_of(board, whole[0].double().numpy(), "one_row")

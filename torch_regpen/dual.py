@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .groups import Elements, working_dtype
 from .metric import Step
-from .multi_tensor import local
+from .sharding import local, on_parts
 from .terms import Term, limit, prox
 
 __all__ = ["LATENT", "STEPS", "fingerprint", "forget", "to_latent", "to_visible", "visible"]
@@ -58,12 +58,15 @@ def to_visible(terms: list[Term], state: State, step: Step) -> None:
     parameter = terms[0].tensor
     if LATENT not in state:
         state[LATENT] = parameter.detach().clone()
-        like = parameter if isinstance(step.size, Tensor) and step.size.ndim else parameter.new_zeros(())
-        state[STEPS] = torch.zeros_like(like, dtype=working_dtype(parameter.dtype))
+        dtype = working_dtype(parameter.dtype)
+        if isinstance(step.size, Tensor) and step.size.ndim:
+            state[STEPS] = torch.zeros_like(parameter, dtype=dtype)
+        else:
+            state[STEPS] = torch.zeros((), dtype=dtype, device=parameter.device)
     state[STEPS] += step.size
     w = visible(terms, state)
     if step.cap is not None:
-        w = _shrunk_at_most(step.cap, state[LATENT], w, terms)
+        w = _shrunk_at_most(terms, step.cap, state[LATENT], w)
     state[LATENT].copy_(parameter)
     parameter.copy_(w)
 
@@ -79,7 +82,8 @@ def forget(state: State) -> None:
     state.pop(STEPS, None)
 
 
-def _shrunk_at_most(cap: float | Tensor, old: Tensor, new: Tensor, terms: list[Term]) -> Tensor:
+@on_parts
+def _shrunk_at_most(terms: list[Term], cap: float | Tensor, old: Tensor, new: Tensor) -> Tensor:
     """`new`, in which nothing has shrunk from `old` by more than the cap; growing is free."""
     grouping: Any = next((term.grouping for term in terms if term.grouped), Elements())
     shrinks = grouping.polar(new)[0] < grouping.polar(old)[0]

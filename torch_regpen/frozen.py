@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .multi_tensor import local
+from .sharding import local
 
 __all__ = ["FROZEN", "FrozenZeros", "all_zero"]
 

@@ -103,8 +103,10 @@ def soft_threshold(w: Tensor, t: Threshold) -> Tensor:
 
 
 def elastic_net_rho(u: Tensor, linear: float, quadratic: float) -> Tensor:
-    """`linear*u + quadratic*u^2`."""
-    return linear * u + quadratic * u.square()
+    """`linear*u + quadratic*u^2`; a coefficient of 0 takes no part, for 0 times infinity is NaN."""
+    if not quadratic:
+        return linear * u
+    return linear * u + quadratic * u.square() if linear else quadratic * u.square()
 
 
 def elastic_net_rho_grad(u: Tensor, linear: float, quadratic: float) -> Tensor:
@@ -114,7 +116,8 @@ def elastic_net_rho_grad(u: Tensor, linear: float, quadratic: float) -> Tensor:
 
 def elastic_net_rho_prox(u: Tensor, t: Threshold, linear: float, quadratic: float) -> Tensor:
     """`max(u - t*linear, 0) / (1 + 2*t*quadratic)`."""
-    return (u - t * linear).clamp_min(0) / (1 + 2 * t * quadratic)
+    shrunk = (u - t * linear).clamp_min(0) if linear else u
+    return shrunk / (1 + 2 * t * quadratic) if quadratic else shrunk
 
 
 def mcp_rho(u: Tensor, knee: float) -> Tensor:

@@ -98,8 +98,24 @@ class NormGrouping(Grouping):
         if not dims:
             return x.abs().to(working_dtype(x.dtype))
         dtype = None if x.is_complex() else working_dtype(x.dtype)
-        norm: Tensor = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
-        return norm
+        # In float32 a sum over very many elements drifts: there, one dimension after the other.
+        large = math.prod([x.shape[d] for d in dims]) > 1 << 16
+        for reduced in [[d] for d in reversed(dims)] if large else [dims]:
+            x = torch.linalg.vector_norm(x, dim=reduced, keepdim=True, dtype=dtype)
+            dtype = None
+        return x
+
+    def totals(self, *xs: Tensor) -> tuple[Tensor, ...]:
+        """The sum over each group of each of some views of one shape, broadcastable to them."""
+        dims = self.dims(xs[0].ndim)
+        return tuple(x.sum(dim=dims, keepdim=True) for x in xs) if dims else xs
+
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest element of each group of a view, 0 or more, broadcastable to it."""
+        dims = self.dims(x.ndim)
+        if not dims:
+            return x
+        return x.amax(dim=dims, keepdim=True) if x.numel() else x.sum(dim=dims, keepdim=True)  # amax of nothing raises
 
     def size(self, shape: torch.Size) -> int:
         """The number of elements of a group."""
@@ -122,8 +138,7 @@ class NormGrouping(Grouping):
         """
         u, _ = self.polar(w)
         radius = torch.where(u == 0, slope * math.sqrt(self.count(w.shape)), 0)
-        farthest: Tensor = (self.norm(self.view(residual)) - radius).clamp_min(0).max()
-        return farthest
+        return largest((self.norm(self.view(residual)) - radius).clamp_min(0))
 
 
 @dataclass(frozen=True)
@@ -240,10 +255,10 @@ class SingularValues(Grouping):
         r = residual.flatten(1)
         across = r - left @ (left.mH @ r)
         across = across - (across @ right.mH) @ right
-        left, u, right = torch.linalg.svd(across, full_matrices=False)
-        absorbed = (left * u.clamp_max(slope)) @ right
-        farthest: Tensor = torch.linalg.matrix_norm(r - absorbed, ord=2)
-        return farthest
+        left, v, right = torch.linalg.svd(across, full_matrices=False)
+        absorbed = (left * v.clamp_max(slope)) @ right
+        farthest = torch.linalg.matrix_norm(r - absorbed, ord=2)
+        return torch.where(u.any(), farthest, (v.amax() - slope).clamp_min(0))  # exactly 0 at a zero tensor
 
     def _svd(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = w.flatten(1)
@@ -281,6 +296,11 @@ def resolve(groups: Groups | None, unit_dims: tuple[int, int] = (0, 1), scale: b
     if isinstance(groups, str):
         raise ValueError(f"groups={groups!r}: the names are {NAMES}; an int names a dimension")
     raise TypeError(f"groups must be None, one of {NAMES}, an int or a Grouping of torch_regpen.groups, not {groups!r}")
+
+
+def largest(x: Tensor) -> Tensor:
+    """The largest of all elements, 0-dim; 0 where there are none, as on ranks that hold nothing of a tensor."""
+    return x.max() if x.numel() else x.new_zeros(())
 
 
 def _ratio(magnitude: Tensor, u: Tensor) -> Tensor:

@@ -95,8 +95,13 @@ class L2(ElasticNet):
             weight_decay: as given to the optimizer, whose own is then to be 0.
             select: see `Penalty`; tensors given as such are all taken, and `select` is left at its default.
         """
-        from_module = isinstance(params, nn.Module)
-        return cls(params, weight_decay / 2, select=select if from_module or select != "all" else None)
+        if isinstance(params, nn.Module):
+            return cls(params, weight_decay / 2, select=select)
+        entries: Any = [params] if isinstance(params, Tensor) else list(params)
+        for i, entry in enumerate(entries):
+            if isinstance(entry, dict) and isinstance(entry.get("params"), nn.Module):
+                entries[i] = {"select": select, **entry}
+        return cls(entries, weight_decay / 2, select=None if select == "all" else select)
 
 
 class MCP(Penalty):

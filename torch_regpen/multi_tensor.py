@@ -9,34 +9,15 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from .functional import soft_threshold
 from .groups import working_dtype
+from .sharding import local
 
 __all__ = ["add_", "add_sign_", "mul_", "soft_threshold_", "total"]
 
 CPU_CHUNK = 1 << 18  # elements: 1 MiB of float32, within the second-level cache
 CUDA_CHUNK = 1 << 24  # elements: enough to keep the device busy, 64 MiB of float32
-
-
-def local(w: Tensor) -> Tensor:
-    """The part of a sharded tensor that lies on this rank; any other tensor as it is."""
-    return w.to_local() if isinstance(w, DTensor) else w
-
-
-def placed_as(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """`tensor`, the same on every rank, on the device of `parameter` and sharded as it is."""
-    tensor = tensor.to(parameter.device)
-    if isinstance(parameter, DTensor) == isinstance(tensor, DTensor):
-        return tensor
-    if isinstance(tensor, DTensor):
-        return tensor.full_tensor()
-    if not isinstance(parameter, DTensor):
-        return tensor
-    sharded = tensor.shape == parameter.shape
-    placements = parameter.placements if sharded else [Replicate()] * parameter.device_mesh.ndim
-    return distribute_tensor(tensor, parameter.device_mesh, placements, src_data_rank=None)
 
 
 def total(ws: Sequence[Tensor], linear: float, quadratic: float) -> Tensor:
@@ -81,6 +62,7 @@ def soft_threshold_(ws: Sequence[Tensor], t: float | Tensor) -> None:
 def _pieces(ws: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Flat pieces of at most a chunk: one chunk of a large tensor, or several small tensors of one kind."""
     packs: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    packed: dict[tuple[torch.device, torch.dtype], int] = {}
     for w in ws:
         flat = local(w).reshape(-1)
         chunk = CUDA_CHUNK if flat.is_cuda else CPU_CHUNK
@@ -88,11 +70,12 @@ def _pieces(ws: Sequence[Tensor]) -> Iterator[list[Tensor]]:
             for part in flat.split(chunk):
                 yield [part]
             continue
-        pack = packs.setdefault((flat.device, flat.dtype), [])
-        if sum(part.numel() for part in pack) + flat.numel() > chunk:
-            yield pack
-            pack = packs[(flat.device, flat.dtype)] = []
-        pack.append(flat)
+        kind = (flat.device, flat.dtype)
+        if packed.get(kind, 0) + flat.numel() > chunk:
+            yield packs.pop(kind)
+            packed[kind] = 0
+        packs.setdefault(kind, []).append(flat)
+        packed[kind] = packed.get(kind, 0) + flat.numel()
     yield from packs.values()
 
 

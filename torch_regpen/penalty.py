@@ -14,10 +14,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from . import functional as F
-from . import loss, multi_tensor
+from . import loss, sharding
 from .groups import Elements, Grouping, Groups, SingularValues, resolve, working_dtype
 from .selection import Params, Select, Slot, select_slots, spellings
 from .summary import summary_table
@@ -170,7 +169,7 @@ class Penalty(nn.Module):
         """What is kept for a parameter, moved to where the parameter is now."""
         if name not in tensors:
             return None
-        tensors[name] = multi_tensor.placed_as(tensors[name], parameter)
+        tensors[name] = sharding.placed_as(tensors[name], parameter)
         return tensors[name]
 
     def named_parameters_penalized(self) -> Iterator[tuple[str, Tensor]]:
@@ -224,14 +223,11 @@ class Penalty(nn.Module):
         the gradient. Parameters without `.grad` are passed over.
         """
         distances = [
-            distance(terms, terms[0].tensor.grad)
+            (distance(terms, terms[0].tensor.grad), terms[0].tensor)
             for terms in by_tensor(self.terms())
             if terms[0].tensor.grad is not None and terms[0].tensor.numel()
         ]
-        if not distances:
-            return torch.zeros(())
-        whole = [d.full_tensor() if isinstance(d, DTensor) else d for d in distances]
-        return torch.stack([d.to(whole[0]) for d in whole]).max()
+        return sharding.maximum(distances) if distances else torch.zeros(())
 
     def restricted_to(self, optimizer: torch.optim.Optimizer) -> Penalty:
         """The same penalty, lambda shared, on those of its parameters that `optimizer` owns.

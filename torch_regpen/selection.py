@@ -111,9 +111,14 @@ class Slot:
                 yield f"{prefix}parametrizations.{self.key}.{key}", original
 
     def __getstate__(self) -> dict[str, Any]:
-        # Weak references cannot be copied: the next use takes them anew.
-        now = {name: not p.requires_grad for name, last in self.registered.items() if (p := last()) is not None}
-        return {**self.__dict__, "registered": {}, "was_frozen": {**self.was_frozen, **now}}
+        # Weak references cannot be copied; what they refer to can.
+        alive = {name: parameter for name, last in self.registered.items() if (parameter := last()) is not None}
+        was_frozen = {**self.was_frozen, **{name: not parameter.requires_grad for name, parameter in alive.items()}}
+        return {**self.__dict__, "registered": alive, "was_frozen": was_frozen}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.registered = {name: weakref.ref(parameter) for name, parameter in state["registered"].items()}
 
 
 def select_slots(params: Params, select: Select | None) -> list[Slot]:

@@ -1,27 +1,39 @@
-"""The table of what a penalty holds."""
+"""The table of what a penalty holds; and how tables are set."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
 from .groups import Elements
+from .sharding import Part
 from .terms import Term
 
-__all__ = ["summary_table"]
+__all__ = ["aligned", "summary_table"]
 
 HEADER = ("parameter", "penalty", "shape", "lam", "value", "zeros", "zero groups")
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines of text, the columns below each other."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
 def summary_table(terms: list[Term]) -> str:
     """A row for each term; the numbers of all rows come from the device at once."""
-    counts = []
+    counts, sizes = [], []
     for term in terms:
-        u, _ = term.grouping.polar(term.tensor)
-        numbers = (term.value(term.tensor), (term.tensor == 0).sum(), (u == 0).sum())
+        (whole,) = Part([term], whole=True).terms
+        u, _ = whole.grouping.polar(whole.tensor)
+        numbers = [whole.value(whole.tensor), (whole.tensor == 0).sum(), (u == 0).sum()]
         counts.append(torch.stack([number.double() for number in numbers]).to(terms[0].tensor.device))
+        sizes.append(u.numel())
+    numbers = torch.stack(counts).tolist() if counts else []
     rows = [HEADER]
-    for term, (value, zeros, zero_groups) in zip(terms, torch.stack(counts).tolist() if counts else [], strict=True):
-        elementwise = isinstance(term.grouping, Elements)
+    for term, (value, zeros, zero_groups), size in zip(terms, numbers, sizes, strict=True):
         rows.append(
             (
                 term.name,
@@ -30,9 +42,7 @@ def summary_table(terms: list[Term]) -> str:
                 f"{term.lam:.4g}",
                 f"{value:.6g}",
                 f"{zeros:.0f}/{term.tensor.numel()}",
-                "-" if elementwise else f"{zero_groups:.0f}",
+                "-" if isinstance(term.grouping, Elements) else f"{zero_groups:.0f}/{size}",
             )
         )
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
+    return aligned(rows)

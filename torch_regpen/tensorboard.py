@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn.parameter import is_lazy
 
 from .groups import working_dtype
-from .multi_tensor import local
 from .penalty import Penalty
+from .sharding import local
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from . import functional as F
 from . import multi_tensor
-from .groups import Elements, Grouping, NormGrouping, SingularValues, working_dtype
+from .groups import Elements, Grouping, NormGrouping, SingularValues, largest, working_dtype
+from .sharding import Part, on_parts
 
 if TYPE_CHECKING:
     from .penalty import Penalty
@@ -130,7 +131,7 @@ def add_grads_(weighted: Iterable[tuple[Term, float]]) -> None:
     for term, alpha in weighted:
         w = term.tensor
         if not term.plain:
-            w.grad.add_(term.grad(w), alpha=math.copysign(1.0, alpha))  # type: ignore[union-attr]
+            w.grad.add_(_grad([term]), alpha=math.copysign(1.0, alpha))  # type: ignore[union-attr]
             continue
         if term.linear:
             signs.setdefault(alpha * term.linear, []).append(w)
@@ -140,6 +141,12 @@ def add_grads_(weighted: Iterable[tuple[Term, float]]) -> None:
         multi_tensor.add_([w.grad for w in ws], ws, alpha)  # type: ignore[misc]
     for alpha, ws in signs.items():
         multi_tensor.add_sign_([w.grad for w in ws], ws, alpha)  # type: ignore[misc]
+
+
+@on_parts
+def _grad(terms: list[Term]) -> Tensor:
+    (term,) = terms
+    return term.grad(term.tensor)
 
 
 Step = tuple[float | Tensor, float | Tensor | None]  # a step and the cap on what it may do, see `prox`
@@ -246,6 +253,7 @@ def check_prox(terms: list[Term], per_coordinate: bool = False) -> None:
         raise ValueError(f"the prox of {where}, around different centers, is not known in closed form; {ways_out}")
 
 
+@on_parts
 def prox(terms: list[Term], step: float | Tensor, cap: float | Tensor | None = None) -> Tensor:
     """`argmin_v 1/2 sum_i (v_i - w_i)^2 / step_i + (the terms at v)`: the proximal map of all terms of one tensor.
 
@@ -280,6 +288,7 @@ def prox(terms: list[Term], step: float | Tensor, cap: float | Tensor | None = N
     return v if center is None else v + center
 
 
+@on_parts
 def decayed(terms: list[Term], step: float | Tensor, cap: None = None) -> Tensor:
     """`w - step * (subgradient of the terms)`, in which no element (group) crosses zero: it stops there."""
     w = terms[0].tensor
@@ -302,14 +311,18 @@ def _descend(u: Tensor, t: float | Tensor, kind: Penalty) -> Tensor:
 def distance(terms: list[Term], grad: Tensor) -> Tensor:
     """The largest distance of `-grad` to the subdifferential of the terms of one tensor, over coordinates or groups.
 
+    Of a sharded tensor it is the largest on this rank.
+
     Raises:
         ValueError: it is not known in closed form, for groups that overlap.
     """
+    part = Part(terms)
+    terms = part.terms
     w = terms[0].tensor
     if grad.is_sparse:
         grad = grad.to_dense()
     wide = torch.promote_types(w.dtype, working_dtype(w.dtype))
-    residual = -grad.to(wide)
+    residual = -part.take(grad).to(wide)
     slack: Tensor | float = 0.0  # what the elements that are zero can absorb
     slope: Tensor | float = 0.0  # what the groups that are zero can absorb, for each of their elements
     for term in terms:
@@ -327,7 +340,7 @@ def distance(terms: list[Term], grad: Tensor) -> Tensor:
     residual = F.soft_threshold(residual, slack)
     grouped = [term for term in terms if term.grouped]
     if not grouped:
-        return residual.abs().max()
+        return largest(residual.abs())
     if len({(term.grouping, id(term.center)) for term in grouped}) > 1:
         raise ValueError(
             f"the distance to the subdifferential of penalties over groups that overlap, on parameter "
@@ -367,36 +380,29 @@ def _prox_grouped(terms: list[Any], v: Tensor, step: float | Tensor, cap: float 
     if isinstance(step, Tensor) and step.ndim > 0:
         radius = lam * math.sqrt(grouping.count(v.shape))
         x, s = grouping.view(v), grouping.view(step)
-        shrunk = _block_soft_threshold(x, s * radius, grouping.dims(x.ndim)).reshape(v.shape)
+        shrunk = _block_soft_threshold(x, s * radius, grouping).reshape(v.shape)
     else:
         t = step * lam
         shrunk = F.prox(lambda u: (u - t).clamp_min(0), v, grouping)
     return limit(v, shrunk, cap, grouping)
 
 
-def _block_soft_threshold(x: Tensor, r: Tensor, dims: list[int]) -> Tensor:
-    """`argmin_v 1/2 sum_i (v_i - x_i)^2 / r_i + ||v||` for each group, which runs along `dims`.
+def _block_soft_threshold(x: Tensor, r: Tensor, grouping: NormGrouping) -> Tensor:
+    """`argmin_v 1/2 sum_i (v_i - x_i)^2 / r_i + ||v||` for each group of a view of a tensor.
 
     `v_i = x_i * theta / (theta + r_i)` where `theta = ||v||` solves `f(theta) = sum_i (x_i / (theta + r_i))^2 = 1`, and
     `v = 0` where `f(0) <= 1`. `1/sqrt(f)` is concave (a power mean of lines), so Newton's method for it climbs to the
-    root from any start below it; `||x|| - max r` is one, and so is each `|x_i| - r_i`, above which no quotient exceeds 1.
+    root from any start below it; `||x|| - max r` is one, and so is each `|x_i| - r_i`: from there on no quotient
+    exceeds 1.
     """
-
-    def total(y: Tensor) -> Tensor:
-        return y.sum(dim=dims, keepdim=True) if dims else y
-
-    def largest(y: Tensor) -> Tensor:
-        return y.amax(dim=dims, keepdim=True) if dims else y
-
     tiny = torch.finfo(r.dtype).tiny
     r = r.clamp_min(tiny)
-    dead = total((x / r).abs().square()) <= 1
-    norm = total(x.abs().square()).sqrt()
-    theta = torch.maximum(norm - largest(r), largest(x.abs() - r)).clamp_min(0)
+    at_zero, norm = grouping.totals((x / r).abs().square(), x.abs().square())
+    theta = torch.maximum(norm.sqrt() - grouping.largest(r), grouping.largest(x.abs() - r)).clamp_min(0)
     for _ in range(NEWTON_STEPS):
         inverse = 1 / (theta + r)
         squares = (x * inverse).abs().square()
-        f = total(squares)
-        theta = theta + f * (f.sqrt() - 1) / total(squares * inverse)
-    theta = torch.where(dead, 0, theta)
+        f, slope = grouping.totals(squares, squares * inverse)
+        theta = theta + f * (f.sqrt() - 1) / slope
+    theta = torch.where(at_zero <= 1, 0, theta)
     return x * (theta / (theta + r))

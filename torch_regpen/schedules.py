@@ -1,0 +1,217 @@
+"""Lambda over time: call `step()` after `optimizer.step()`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dual
+from .groups import Elements
+from .optim import RegularizedOptimizer
+from .penalty import Penalty, checked_lam
+from .sharding import everywhere
+from .terms import Term, by_tensor, prox
+
+__all__ = ["CosineRamp", "LamScheduler", "LinearRamp", "TargetSparsity"]
+
+
+# What the feedback needs, all on the logarithm of lambda, found by trial on small networks under SGD with momentum and
+# Adam: the gain on the error, the damping by its trend, and the most that lambda may change at once.
+SMALL = 1e-4
+GAIN = 0.1
+DAMPING = 1.0
+FASTEST = math.log(3.0)
+BISECTIONS = 30
+
+
+class LamScheduler:
+    """`lam = base * fn(step)`, as torch's LambdaLR: `fn(0)` at once, then one step further at each `step()`.
+
+    Each parameter group's, and each part of a sum's, own lambda is its base.
+
+    Args:
+        penalty: a penalty, or a sum of them.
+        fn: the factor as a function of the number of steps taken.
+    """
+
+    def __init__(self, penalty: Penalty, fn: Callable[[int], float]) -> None:
+        self.penalty = penalty
+        self.fn = fn
+        self.base = [float(group["lam"]) for group in penalty.param_groups]
+        self.last_step = 0
+        self._set()
+
+    def step(self) -> None:
+        """One step further."""
+        self.last_step += 1
+        self._set()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base lambdas and the number of steps taken; not `fn`."""
+        return {"base": list(self.base), "last_step": self.last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state that was saved, and set lambda as it was there."""
+        if len(state_dict["base"]) != len(self.base):
+            raise ValueError(
+                f"the state has lambdas for {len(state_dict['base'])} groups, the penalty has {len(self.base)}"
+            )
+        self.base = list(state_dict["base"])
+        self.last_step = state_dict["last_step"]
+        self._set()
+
+    def _set(self) -> None:
+        _scale(self.penalty, self.base, self.fn(self.last_step))
+
+
+class LinearRamp(LamScheduler):
+    """`lam = base * min(step/steps, 1)`: from 0 to the penalty's lambda in a line."""
+
+    def __init__(self, penalty: Penalty, steps: int) -> None:
+        steps = _checked_count("steps", steps)
+        super().__init__(penalty, lambda step: min(step / steps, 1.0))
+
+
+class CosineRamp(LamScheduler):
+    """`lam = base * (1 - cos(pi * min(step/steps, 1))) / 2`: from 0 to the penalty's lambda, flat at both ends."""
+
+    def __init__(self, penalty: Penalty, steps: int) -> None:
+        steps = _checked_count("steps", steps)
+        super().__init__(penalty, lambda step: (1 - math.cos(math.pi * min(step / steps, 1.0))) / 2)
+
+
+def _scale(penalty: Penalty, base: list[float], factor: float) -> None:
+    for group, lam in zip(penalty.param_groups, base, strict=True):
+        group["lam"] = checked_lam(lam * factor)
+
+
+def _checked_count(name: str, value: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number, 1 or more, not {value!r}")
+    return value
+
+
+class TargetSparsity:
+    """Steers lambda so that the fraction `target` of the elements is exactly zero after `steps` steps, and holds it.
+
+    Of a penalty over groups it is the fraction of groups. The fraction follows `target * ramp(step/steps)`. By default
+    it is measured, and lambda corrected by feedback: the error and its trend, on the logit scale. Given a
+    `RegularizedOptimizer` in the dual mode, lambda is read off the latent weights instead: it is the one at which the
+    wanted fraction of them is thresholded. Lambda starts from a small part of what the penalty has, so that a value
+    that is far too large does no harm; the proportions between groups and between the parts of a sum stay.
+
+    Args:
+        penalty: a penalty, or the optimizer that has it. Its lambdas must be more than 0.
+        target: the fraction, from 0 to less than 1.
+        steps: the number of steps after which it is reached.
+        every: how many steps pass between two measurements, each of which waits for the device; a 300th of `steps`
+            unless told otherwise.
+        ramp: from [0, 1] to [0, 1]; `1 - (1 - x)^3` unless told otherwise (Zhu and Gupta 2017).
+
+    Raises:
+        ValueError: `target`, `steps` or `every` out of range; a lambda of 0; a penalty that zeroes nothing.
+    """
+
+    def __init__(
+        self,
+        penalty: Penalty | RegularizedOptimizer,
+        target: float,
+        *,
+        steps: int,
+        every: int | None = None,
+        ramp: Callable[[float], float] = lambda x: 1 - (1 - x) ** 3,
+    ) -> None:
+        if not 0 <= target < 1:
+            raise ValueError(f"target must be a fraction from 0 to less than 1, not {target}")
+        self.optimizer = penalty if isinstance(penalty, RegularizedOptimizer) else None
+        self.penalty = penalty.penalty if isinstance(penalty, RegularizedOptimizer) else penalty
+        self.target = target
+        self.steps = _checked_count("steps", steps)
+        self.every = max(steps // 300, 1) if every is None else _checked_count("every", every)
+        self.ramp = ramp
+        self.base = [float(group["lam"]) for group in self.penalty.param_groups]
+        if not all(self.base):
+            raise ValueError("every lambda must be more than 0, to be scaled; set a small one")
+        if not self._counted():
+            raise ValueError(f"{self.penalty!r} zeroes nothing; L2 only shrinks")
+        self.last_step = 0
+        self.factor = SMALL
+        self.sparsity = 0.0
+        _scale(self.penalty, self.base, self.factor)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step further; each `every` steps measure, and set lambda."""
+        self.last_step += 1
+        if self.last_step % self.every:
+            return
+        if self.optimizer is not None and self.optimizer.mode == "dual":
+            self._read_off()
+        else:
+            self._feed_back()
+        _scale(self.penalty, self.base, self.factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that it needs to go on."""
+        return {name: getattr(self, name) for name in ("base", "last_step", "factor", "sparsity")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state that was saved, and set lambda as it was there."""
+        for name in ("base", "last_step", "factor", "sparsity"):
+            setattr(self, name, state_dict[name])
+        _scale(self.penalty, self.base, self.factor)
+
+    def _wanted(self, step: int) -> float:
+        return self.target * self.ramp(min(step / self.steps, 1.0))
+
+    def _counted(self) -> list[list[Term]]:
+        """The terms of each tensor that can zero it."""
+        terms = [term for term in self.penalty.terms() if term.linear or term.kind.coefficients is None]
+        return by_tensor(terms)
+
+    def _feed_back(self) -> None:
+        measured = _zero_fraction([(terms, terms[0].tensor) for terms in self._counted()]).item()
+        wanted, now = self._wanted(self.last_step + self.every), self._wanted(self.last_step)
+        error = _logit(wanted) - _logit(measured)
+        trend = (_logit(measured) - _logit(self.sparsity)) - (_logit(wanted) - _logit(now))
+        self.factor *= math.exp(min(max(GAIN * error - DAMPING * trend, -FASTEST), FASTEST))
+        self.sparsity = measured
+
+    def _read_off(self) -> None:
+        """Bisect for the factor at which the wanted fraction of the latent weights is thresholded, on the device."""
+        state = self.optimizer.state  # type: ignore[union-attr]
+        latent = [(terms, state[terms[0].tensor]) for terms in self._counted() if dual.LATENT in state[terms[0].tensor]]
+        if not latent:
+            return
+        _scale(self.penalty, self.base, 1.0)
+        wanted = self._wanted(self.last_step + self.every)
+        low, high = torch.tensor(-40.0), torch.tensor(40.0)  # of log2 of the factor
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            thresholded = [
+                (terms, prox([replace(t, tensor=s[dual.LATENT]) for t in terms], s[dual.STEPS] * middle.exp2()))
+                for terms, s in latent
+            ]
+            enough = _zero_fraction(thresholded) >= wanted
+            low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+        self.factor = high.exp2().item()
+
+
+def _zero_fraction(tensors: list[tuple[list[Term], Tensor]]) -> Tensor:
+    """The fraction of exact zeros among the elements (groups, for terms over groups) of all tensors, 0-dim."""
+    zeros, count = torch.zeros(()), 0
+    for terms, w in tensors:
+        grouping = next((term.grouping for term in terms if term.grouped), Elements())
+        u, _ = grouping.polar(everywhere(w))
+        zeros = zeros.to(u.device) + (u == 0).sum()
+        count += u.numel()
+    return zeros / max(count, 1)
+
+
+def _logit(fraction: float) -> float:
+    return math.log((fraction + 0.002) / (1 - fraction + 0.002))

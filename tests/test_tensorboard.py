@@ -16,8 +16,23 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from torch_regpen import L1, L2
-from torch_regpen import tensorboard as regpen_tensorboard
+from torch_regpen import (
+    L0,
+    L1,
+    L2,
+    MCP,
+    SCAD,
+    ElasticNet,
+    GroupLasso,
+    LHalf,
+    LogSum,
+    NuclearNorm,
+    Orthogonal,
+    SparseGroupLasso,
+    tally,
+)
+from torch_regpen.dead import zero_groups
+from torch_regpen.groups import Blocks, Heads, Slices
 from torch_regpen.tensorboard import WeightLogger
 
 pytest.importorskip("tensorboard")
@@ -74,8 +89,8 @@ def holding(**tensors):
     return model
 
 
-def log(board, source):
-    WeightLogger(board.writer, source).step()
+def log(board, source, loss=None, **kw):
+    WeightLogger(board.writer, source, **kw).step(loss=loss)
 
 
 def normal(*shape, scale=0.1, seed=0):
@@ -236,7 +251,7 @@ def test_memory_layout_does_not_matter(board):
 
 
 def test_a_large_tensor_goes_through_in_chunks(board, monkeypatch):
-    monkeypatch.setattr(regpen_tensorboard, "CPU_CHUNK", 7)
+    monkeypatch.setattr(tally, "CPU_CHUNK", 7)
     w = normal(10, 10)
     w[0, 0] = math.nan
     log(board, holding(w=w))
@@ -246,7 +261,7 @@ def test_a_large_tensor_goes_through_in_chunks(board, monkeypatch):
 
 def test_counting_reads_nothing_back_from_the_device():
     with FakeTensorMode():  # has no values: reading one raises
-        regpen_tensorboard._tally(torch.empty(100, 3))
+        tally.tally(torch.empty(100, 3))
 
 
 class LargestCopy(TorchDispatchMode):
@@ -267,10 +282,10 @@ class LargestCopy(TorchDispatchMode):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_counting_copies_no_more_than_a_chunk_at_once(layout, monkeypatch):
-    monkeypatch.setattr(regpen_tensorboard, "CPU_CHUNK", 5000)
+    monkeypatch.setattr(tally, "CPU_CHUNK", 5000)
     w = normal(20, 20, 10, 10).to(memory_format=layout)
     with LargestCopy(w) as copies:
-        regpen_tensorboard._tally(w)
+        tally.tally(w)
     assert copies.largest == 5000
 
 
@@ -283,7 +298,97 @@ def test_logging_leaves_the_weights_alone(board):
     assert model.w.requires_grad
 
 
+# Dead groups
+
+HALF_DEAD = [[0.0, 1e-30, 0.0, 0.0], [0.0, -0.0, 0.0, 0.0], [math.nan, 0.0, 0.0, 0.0], [1.0, 2.0, 0.0, 0.0]]
+DEAD = {"output": 1 / 4, "input": 1 / 2, "tensor": 0, 1: 1 / 2, Blocks(2): 5 / 8, Heads(2): 0, Heads(2, dim=1): 1 / 2}
+
+
+@pytest.mark.parametrize("groups", DEAD)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
+def test_of_a_group_penalty_its_groups_are_counted_that_are_exactly_zero(groups, dtype, board):
+    w = torch.tensor(HALF_DEAD).to(dtype).requires_grad_()
+    log(board, GroupLasso([("w", w)], 0.1, groups=groups))
+    assert board.scalar("dead_groups/w") == DEAD[groups]
+
+
+def test_singular_values_can_be_dead_too(board):
+    w = (normal(4, 1) @ normal(1, 3, seed=1)).requires_grad_()
+    log(board, NuclearNorm([("w", w)], 0.1))
+    assert board.scalar("dead_groups/w") == pytest.approx(2 / 3)
+
+
+def test_without_groups_they_are_the_output_units_of_each_weight(board):
+    model = nn.ModuleDict(
+        {
+            "linear": nn.Linear(6, 4),
+            "conv": nn.Conv2d(2, 4, 3),
+            "transposed": nn.ConvTranspose2d(3, 4, 2),
+            "embedding": nn.Embedding(4, 3),
+            "norm": nn.LayerNorm(4),
+        }
+    )
+    with torch.no_grad():
+        for name, dim in {"linear": 0, "conv": 0, "transposed": 1, "embedding": 0}.items():
+            model[name].weight.index_fill_(dim, torch.tensor([2]), 0)
+    log(board, model)
+    WeightLogger(board.writer, L1(model, 0.1)).step(1)
+    dead = [tag for tag in board.tags() if tag.startswith("dead_groups/")]
+    assert sorted(dead) == [f"dead_groups/{name}.weight" for name in ("conv", "embedding", "linear", "transposed")]
+    for tag in dead:
+        assert [event.value for event in board.read().Scalars(tag)] == [0.25, 0.25]
+
+
+def test_of_a_sum_the_groups_of_the_part_that_has_any(board):
+    w = torch.tensor(HALF_DEAD, requires_grad=True)
+    log(board, L1([("w", w)], 0.1) + GroupLasso([("w", w)], 0.1, groups="input") + L2([("w", w)], 0.1))
+    assert board.scalar("dead_groups/w") == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8, torch.int64, torch.bool])
+def test_quantized_weights_of_a_bare_model_are_counted(dtype, board):
+    w = torch.tensor([[0, 0, 0], [0, 1, 0], [1, 1, 1]]).to(dtype)
+    model = nn.Module()
+    model.w = nn.Parameter(w, requires_grad=False)
+    log(board, model)
+    assert board.scalar("dead_groups/w") == pytest.approx(1 / 3)
+    assert board.scalar("sparsity/w") == pytest.approx(5 / 9)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_dead_groups_are_found_without_a_copy_and_read_nothing_back(dim):
+    w = normal(40, 50, 3, 3)
+    with LargestCopy(w) as copies:
+        zero_groups(w, Slices(dim))
+    assert copies.largest <= 50 * 9
+    with FakeTensorMode():
+        zero_groups(torch.empty(40, 50, 3, 3), Slices(dim))
+
+
 # What is said of the penalty
+
+
+@pytest.mark.parametrize(
+    "loss", [0.5, torch.tensor(0.5, requires_grad=True), torch.tensor([0.5]).half(), np.float32(0.5)]
+)
+def test_the_ratio_of_the_penalty_to_the_loss(board, loss):
+    penalty = L1([torch.ones(3, requires_grad=True)], 0.1)
+    log(board, penalty, loss)
+    assert board.scalar("penalty/ratio") == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(("loss", "ratio"), [(0.0, math.inf), (math.nan, math.nan), (math.inf, 0.0)])
+def test_no_loss_is_so_bad_that_it_stops_a_run(board, loss, ratio):
+    log(board, L1([torch.ones(3, requires_grad=True)], 0.1), loss)
+    assert board.scalar("penalty/ratio") == pytest.approx(ratio, nan_ok=True)
+
+
+def test_a_loss_that_is_none_is_refused(board):
+    logger = WeightLogger(board.writer, L1([torch.ones(3, requires_grad=True)], 0.1))
+    with pytest.raises(ValueError, match=r"\(4,\).*one element"):
+        logger.step(loss=torch.ones(4))
+    with pytest.raises(ValueError, match="bare model"):
+        WeightLogger(board.writer, nn.Linear(2, 2)).step(loss=1.0)
 
 
 def test_of_a_penalty_its_value_its_lambda_and_its_parameters_are_written(board):
@@ -299,7 +404,7 @@ def test_of_a_bare_model_all_parameters_are_written_and_no_penalty(board):
     log(board, nn.Linear(3, 4))
     assert board.tags() == {
         *("weights/weight", "weights/bias", "sparsity/weight", "sparsity/bias"),
-        *("sparsity/total", "norm/l1", "norm/l2"),
+        *("dead_groups/weight", "sparsity/total", "norm/l1", "norm/l2"),
     }
 
 
@@ -353,6 +458,42 @@ def test_lazy_parameters_are_written_once_they_are_there(board, penalized):
     assert board.steps("sparsity/1.weight") == [0, 1]
 
 
+@pytest.mark.parametrize("select", ["*.weight", ["0.weight", "1.w*"], "weights", lambda name, w: w.ndim == 2])
+def test_select_says_which_parameters_of_a_model(board, select):
+    log(board, nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), select=select)
+    assert {tag for tag in board.tags() if tag.startswith("weights/")} == {"weights/0.weight", "weights/1.weight"}
+
+
+def test_select_that_means_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"'wieght' matches none.*near matches: weight"):
+        WeightLogger(None, nn.Linear(2, 2), select="wieght")
+    with pytest.raises(ValueError, match="beside a penalty"):
+        WeightLogger(None, L1(nn.Linear(2, 2), 0.1), select="weight")
+
+
+def test_a_parameter_that_two_layers_share_is_written_once(board):
+    model = nn.ModuleDict({"embedding": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False)})
+    model["head"].weight = model["embedding"].weight
+    log(board, model)
+    assert {tag for tag in board.tags() if tag.startswith("weights/")} == {"weights/embedding.weight"}
+
+
+KINDS = [L0, L1, L2, MCP, SCAD, ElasticNet, LHalf, LogSum, GroupLasso, NuclearNorm, SparseGroupLasso, Orthogonal]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_no_weight_is_so_bad_that_it_stops_a_run(kind, bad, everywhere, board):
+    model = holding(w=normal(5, 4))
+    with torch.no_grad():
+        model.w[slice(None) if everywhere else 2] = bad
+    log(board, kind(model, 0.1), loss=math.nan)
+    assert board.scalar("nonfinite/w") == (20 if everywhere else 4)
+    assert not math.isfinite(board.scalar("penalty/value")) or kind in (L0, MCP, SCAD)
+    assert board.scalar("dead_groups/w") == 0
+
+
 # When it is written
 
 
@@ -371,6 +512,35 @@ def test_a_given_step_counts_and_the_count_goes_on_from_it(board):
         logger.step()
     logger.step(7)
     assert board.steps("norm/l1") == [100, 105]
+
+
+def test_two_loggers_write_one_penalty_to_two_boards(board, tmp_path):
+    penalty, other = L1(nn.Linear(2, 2), 0.1), Board(tmp_path / "other")
+    loggers = [WeightLogger(board.writer, penalty), WeightLogger(other.writer, penalty, every=2)]
+    for _ in range(3):
+        for logger in loggers:
+            logger.step()
+    other.writer.close()
+    assert (board.steps("penalty/value"), other.steps("penalty/value")) == ([0, 1, 2], [0, 2])
+
+
+def test_a_run_that_was_resumed_reads_as_if_it_had_never_stopped(tmp_path):
+    w = torch.ones(3, requires_grad=True)
+
+    def train(steps, value):
+        board = Board(tmp_path)
+        board.writer = SummaryWriter(board.path, purge_step=steps[0])
+        logger = WeightLogger(board.writer, L1([("w", w)], value), every=2)
+        for step in steps:
+            logger.step(step)
+        board.writer.close()
+        return board
+
+    train(range(7), 1.0)  # writes 0, 2, 4, 6 and dies; the last checkpoint is from before step 3
+    board = train(range(3, 9), 2.0)
+    events = board.read().Scalars("penalty/lam")
+    assert [(event.step, event.value) for event in events] == [(0, 1.0), (2, 1.0), (4, 2.0), (6, 2.0), (8, 2.0)]
+    assert [event.step for event in board.read().Histograms("weights/w")] == [0, 2, 4, 6, 8]
 
 
 def test_a_step_that_is_no_whole_number_is_refused(board):
@@ -426,10 +596,13 @@ def _log_sharded(rank, path, port, whole):
     model = nn.Module()
     for name, placement in {"sharded": Shard(0), "replicated": Replicate()}.items():
         model.register_parameter(name, nn.Parameter(distribute_tensor(whole, mesh, [placement])))
+    model.register_parameter("columns", nn.Parameter(distribute_tensor(whole, mesh, [Shard(1)])))
     model.register_parameter("one_row", nn.Parameter(distribute_tensor(whole[:1], mesh, [Shard(0)])))
     model.register_parameter("plain", nn.Parameter(whole.clone()))
     writer = SummaryWriter(path) if rank == 0 else None
     WeightLogger(writer, L1(model, 0.1)).step()
+    for step, groups in enumerate(["output", "input", Blocks(4)], start=1):
+        WeightLogger(writer, GroupLasso(model, 0.1, groups=groups)).step(step)
     if writer is not None:
         writer.close()
     dist.destroy_process_group()
@@ -438,15 +611,17 @@ def _log_sharded(rank, path, port, whole):
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, since a process that imports torch anew takes seconds")
 def test_sharded_parameters_are_counted_over_all_ranks(board):
     whole = normal(5, 4)
-    whole[0, :2] = 0
+    whole[0, :2] = whole[2:4] = whole[:, 3] = 0
     whole[4, 0], whole[4, 1], whole[1, 1] = 3.0, math.nan, -2.0
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.start_processes(_log_sharded, args=(board.path, port, whole), nprocs=2, start_method="fork")
-    for name in ("sharded", "replicated", "plain"):
+    for name in ("sharded", "columns", "replicated", "plain"):
         assert_histogram_is_of(board, whole.double().numpy().ravel(), name)
         assert board.histogram(name).max == 3
         assert board.scalar(f"nonfinite/{name}") == 1
-        assert board.scalar(f"sparsity/{name}") == pytest.approx(2 / 20)
+        assert board.scalar(f"sparsity/{name}") == pytest.approx((whole == 0).sum() / 20)
+        dead = [event.value for event in board.read().Scalars(f"dead_groups/{name}")]
+        assert dead == pytest.approx([2 / 5, 2 / 5, 1 / 4, 2 / 5])
     assert_histogram_is_of(board, whole[0].double().numpy(), "one_row")

@@ -67,6 +67,8 @@ def to_visible(terms: list[Term], state: State, step: Step) -> None:
     w = visible(terms, state)
     if step.cap is not None:
         w = _shrunk_at_most(terms, step.cap, state[LATENT], w)
+        if any(term.kind.positive for term in terms):
+            w = w.clamp_min(0)
     state[LATENT].copy_(parameter)
     parameter.copy_(w)
 

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .groups import Elements, Grouping, SingularValues, working_dtype
 from .penalty import Penalty, checked_lam
-from .selection import Params
+from .selection import Params, spellings
 
 __all__ = ["ActivityPenalty", "Orthogonal"]
 
@@ -33,7 +33,7 @@ class Orthogonal(Penalty):
 
     separable = False
 
-    def __init__(self, params: Params, lam: float, *, measure: str = "gram", **kw: Any) -> None:
+    def __init__(self, params: Params, lam: float, measure: str = "gram", **kw: Any) -> None:
         if measure not in ("gram", "cosine"):
             raise ValueError(f"measure must be 'gram' or 'cosine', not {measure!r}")
         if kw.keys() - {"select"}:
@@ -69,7 +69,8 @@ class ActivityPenalty(nn.Module):
     """`lam * mean over the batch of sum |a|` or `sum a^2`, on the outputs `a` of modules in the latest forward.
 
     It watches by forward hooks, which `remove()` takes off; dim 0 of an output is the batch. Add `penalty()` to the
-    loss after each forward; it is for the loss only. Modules that did not run since the last call count 0.
+    loss after each forward; it is for the loss only. A module that runs several times in a forward counts each time,
+    one that does not run counts 0. It costs a copy of each output, which a later layer may change in place.
 
     Args:
         model: the model whose modules are watched.
@@ -88,18 +89,25 @@ class ActivityPenalty(nn.Module):
             raise ValueError(f"kind must be 'l1' or 'l2', not {kind!r}")
         self.kind = kind
         self.param_groups: list[dict[str, Any]] = [{"lam": checked_lam(lam)}]
-        self._outputs: dict[str, Tensor] = {}
+        self._sizes: dict[str, list[Tensor]] = {}  # of the outputs of each module in the latest forward
+        self._in_forward = False
         patterns = [select] if isinstance(select, str) else select
         watched = {
             name: module
             for name, module in model.named_modules()
-            if (not list(module.children()) if patterns is None else any(fnmatchcase(name, p) for p in patterns))
+            if (
+                not list(module.children())
+                if patterns is None
+                else any(fnmatchcase(spelling, p) for spelling in spellings(name) for p in patterns)
+            )
         }
         if not watched:
             names = ", ".join(name for name, _ in model.named_modules() if name)
             raise ValueError(f"select={select!r} matches no module; there are: {names}")
         self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(partial(self._watch, name)) for name, module in watched.items()
+            model.register_forward_pre_hook(self._begin),
+            *(module.register_forward_hook(partial(self._watch, name)) for name, module in watched.items()),
+            model.register_forward_hook(self._end, always_call=True),
         ]
 
     @property
@@ -114,9 +122,7 @@ class ActivityPenalty(nn.Module):
     def forward(self) -> Tensor:
         """The penalty of the latest forward, a 0-dim tensor in float32 at least."""
         total = torch.zeros(())
-        for output in self._outputs.values():
-            a = output.abs().to(working_dtype(output.dtype))
-            size = (a if self.kind == "l1" else a.square()).sum() / max(output.shape[0] if output.ndim else 1, 1)
+        for size in (size for sizes in self._sizes.values() for size in sizes):
             total = total.to(size.device) + size
         return self.lam * total
 
@@ -124,14 +130,28 @@ class ActivityPenalty(nn.Module):
         """Take the hooks off the model."""
         for handle in self._handles:
             handle.remove()
-        self._outputs.clear()
+        self._sizes.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_sizes": {}}  # tensors of a graph cannot be copied
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        self._sizes.clear()
+        self._in_forward = True
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._in_forward = False
 
     def _watch(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"the output of {name!r} is a {type(output).__name__}, not a tensor; leave it out with `select`"
             )
-        self._outputs[name] = output
+        if not self._in_forward:  # called by itself: that is its latest forward
+            self._sizes.pop(name, None)
+        a = output.clone().abs().to(working_dtype(output.dtype))
+        size = (a if self.kind == "l1" else a.square()).sum() / max(output.shape[0] if output.ndim else 1, 1)
+        self._sizes.setdefault(name, []).append(size)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ For each kind, with `Omega` its function without lambda:
 `t >= 0` is the step size times lambda: a float or a 0-dim tensor. All are computed in float32 at least, so that half
 precision neither overflows nor loses small thresholds before the result is rounded; a complex `w` is taken by modulus;
 NaN stays NaN. `groups` is `"output"` (dim 0), `"input"` (dim 1), `"tensor"`, a dimension, or one of
-`torch_regpen.groups`. Where a non-convex prox jumps, both ends of the jump are minimisers, and it takes 0.
+`torch_regpen.groups`. Where a non-convex prox jumps, both ends of the jump are minimisers; it takes the smaller one.
 
 Sources: Tibshirani 1996 (L1), Zou and Hastie 2005 (elastic net), Yuan and Lin 2006 (group lasso), Parikh and Boyd 2014
 (proximal maps).
@@ -17,6 +17,7 @@ Sources: Tibshirani 1996 (L1), Zou and Hastie 2005 (elastic net), Yuan and Lin 2
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -77,7 +78,9 @@ def value(rho: Scalar, w: Tensor, grouping: Grouping, factor: Threshold = 1.0) -
 def grad(rho_grad: Scalar, w: Tensor, grouping: Grouping, factor: Threshold = 1.0) -> Tensor:
     """`factor_g * rho'(u_g) * w_g / u_g`, and 0 where `u_g` is 0. It is differentiable."""
     u, rebuild = grouping.polar(w)
-    return rebuild((factor * rho_grad(u)).masked_fill(u == 0, 0)).to(w.dtype)
+    zero = u == 0
+    slope = rho_grad(u.masked_fill(zero, 1))  # at 0 it may be infinite, and then its derivative is NaN
+    return rebuild((factor * slope).masked_fill(zero, 0)).to(w.dtype)
 
 
 def prox(rho_prox: Scalar, w: Tensor, grouping: Grouping) -> Tensor:
@@ -134,7 +137,7 @@ def mcp_rho_grad(u: Tensor, knee: float) -> Tensor:
 def mcp_rho_prox(u: Tensor, t: Threshold, knee: float) -> Tensor:
     """Firm threshold for `t < knee`; for larger `t` a hard threshold at `sqrt(t*knee)`, 0 at the jump itself."""
     t = torch.as_tensor(t, dtype=u.dtype, device=u.device)
-    firm = torch.where(u <= knee, (u - t).clamp_min(0) / (1 - t / knee).clamp_min(torch.finfo(u.dtype).tiny), u)
+    firm = torch.where(u <= knee, _ratio((u - t).clamp_min(0), 1 - t / knee).clamp_max(knee), u)
     hard = u.masked_fill(u <= (t * knee).sqrt(), 0)
     return torch.where(t < knee, firm, hard)
 
@@ -152,19 +155,19 @@ def scad_rho_grad(u: Tensor, knee: float, a: float) -> Tensor:
 
 
 def scad_rho_prox(u: Tensor, t: Threshold, knee: float, a: float) -> Tensor:
-    """The best of the minimisers on the three pieces of `rho`: right for any step, where it jumps included."""
+    """With `k = knee/a`: soft threshold up to `k + t`, `u` beyond the knee, a line between, for `t < (a-1)*k`.
+
+    For larger `t` the line falls, and the prox jumps from the soft threshold to `u`: at `((a+1)*k + t) / 2`, or from 0
+    at `sqrt((a+1)*k*t)`, where it takes the lower end.
+    """
     t = torch.as_tensor(t, dtype=u.dtype, device=u.device)
     k = knee / a
     slope = t / ((a - 1) * k)
-    middle = ((u - slope * knee) / (1 - slope).clamp_min(torch.finfo(u.dtype).tiny)).clamp(k, knee)
-
-    def objective(v: Tensor) -> Tensor:
-        return 0.5 * (v - u).square() + t * scad_rho(v, knee, a)
-
-    best = (u - t).clamp(0, k)
-    for v in (torch.where(slope < 1, middle, best), u.clamp_min(knee)):
-        best = torch.where(objective(v) < objective(best), v, best)
-    return torch.where(u == torch.inf, u, best)
+    soft = (u - t).clamp_min(0)
+    line = _ratio(u - slope * knee, 1 - slope).clamp(k, knee)
+    jump = torch.where(t < (a + 1) * k, ((a + 1) * k + t) / 2, ((a + 1) * k * t).sqrt())
+    continuous = torch.where(u <= k + t, soft, torch.where(u <= knee, line, u))
+    return torch.where(slope < 1, continuous, torch.where(u <= jump, soft, u))
 
 
 def log_sum_rho(u: Tensor, eps: float) -> Tensor:
@@ -179,15 +182,17 @@ def log_sum_rho_grad(u: Tensor, eps: float) -> Tensor:
 
 def log_sum_rho_prox(u: Tensor, t: Threshold, eps: float) -> Tensor:
     """The larger root of `(v - u)*(v + eps) + t*eps = 0` where it exists and beats 0; for `t <= eps` no jump."""
-    root = ((u + eps).square() - 4 * eps * t).clamp_min(0).sqrt()
+    total = u + eps
+    root = total * (1 - 4 * (eps / total) * (t / total)).clamp_min(0).sqrt()  # without squares that overflow
     # (u - eps + root) / 2, without the cancellation where u < eps
     v = torch.where(u < eps, 2 * eps * (u - t) / (eps - u + root), (u - eps + root) / 2).clamp_min(0)
-    return v.masked_fill(v * (0.5 * v - u) + t * log_sum_rho(v, eps) >= 0, 0)
+    return v.masked_fill(0.5 * v - u + t * log_sum_rho(v, eps) / v >= 0, 0)
 
 
 def l_half_rho(u: Tensor) -> Tensor:
-    """`u^0.5`."""
-    return u.sqrt()
+    """`u^0.5`, with gradient 0 at 0."""
+    zero = u == 0
+    return u.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
 
 
 def l_half_rho_grad(u: Tensor) -> Tensor:
@@ -198,9 +203,9 @@ def l_half_rho_grad(u: Tensor) -> Tensor:
 def l_half_rho_prox(u: Tensor, t: Threshold) -> Tensor:
     """Half threshold: the largest root of `s^3 - u*s + t/2 = 0`, squared, above `1.5 * t^(2/3)`; 0 up to there."""
     t = torch.as_tensor(t, dtype=u.dtype, device=u.device)
-    third = u / 3
-    angle = (-(t / 4) * third.pow(-1.5)).clamp(-1, 1).acos() / 3
-    return (4 * third * angle.cos().square()).masked_fill(u <= 1.5 * t.pow(2 / 3), 0)
+    threshold = 1.5 * t.pow(2 / 3)
+    angle = (-(threshold / u).pow(1.5) / math.sqrt(2)).clamp(-1, 1).acos() / 3
+    return (4 / 3 * u * angle.cos().square()).masked_fill(u <= threshold, 0)
 
 
 def l0_rho(u: Tensor) -> Tensor:
@@ -216,6 +221,10 @@ def l0_rho_grad(u: Tensor) -> Tensor:
 def l0_rho_prox(u: Tensor, t: Threshold) -> Tensor:
     """Hard threshold at `sqrt(2*t)`, 0 at the jump itself."""
     return u.masked_fill(u <= (2 * torch.as_tensor(t, dtype=u.dtype, device=u.device)).sqrt(), 0)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    return numerator / denominator.clamp_min(torch.finfo(denominator.dtype).tiny)
 
 
 # The kinds on elements, and the known products with groups.

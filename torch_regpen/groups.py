@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class Elements(Grouping):
         u = w.abs().to(working_dtype(w.dtype))
         if w.is_complex():
             return u, lambda magnitude: w * _ratio(magnitude, u)
-        return u, lambda magnitude: torch.copysign(magnitude.masked_fill(u == 0, 0), w)
+        return u, lambda magnitude: w.sign() * magnitude.masked_fill(u == 0, 0)
 
     def magnitudes_shape(self, shape: torch.Size) -> torch.Size:
         return shape
@@ -229,7 +229,8 @@ class SingularValues(Grouping):
     """The magnitudes are the singular values of the tensor flattened to dim 0 by the rest, each counted once.
 
     Each use costs a singular value decomposition, `O(m * n * min(m, n))`: for a square layer of a thousand units about
-    a second on a CPU. Singular values below `eps * max(m, n)` times the largest count as zero.
+    a second on a CPU. Singular values up to `eps * max(m, n)` times the largest count as zero: rounding makes them of
+    zeros (with the eps of float32 at most: the elements of half types are rounded to ones that are not).
     """
 
     def polar(self, w: Tensor) -> tuple[Tensor, Rebuild]:
@@ -255,18 +256,16 @@ class SingularValues(Grouping):
         r = residual.flatten(1)
         across = r - left @ (left.mH @ r)
         across = across - (across @ right.mH) @ right
-        left, v, right = torch.linalg.svd(across, full_matrices=False)
+        left, v, right = _decomposed(across)
         absorbed = (left * v.clamp_max(slope)) @ right
-        farthest = torch.linalg.matrix_norm(r - absorbed, ord=2)
+        farthest = _decomposed(r - absorbed)[1].amax()
         return torch.where(u.any(), farthest, (v.amax() - slope).clamp_min(0))  # exactly 0 at a zero tensor
 
     def _svd(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = w.flatten(1)
-        x = x.to(torch.promote_types(x.dtype, working_dtype(x.dtype)))
-        finite = x.isfinite().all()  # the decomposition raises at NaN: it gets zeros, and its result becomes NaN
-        left, u, right = torch.linalg.svd(torch.where(finite, x, 0), full_matrices=False)
-        tolerance = torch.finfo(w.dtype).eps * max(x.shape) * u.amax() if u.numel() else 0.0
-        return left, torch.where(finite, u.masked_fill(u <= tolerance, 0), math.nan), right
+        left, u, right = _decomposed(x.to(torch.promote_types(x.dtype, working_dtype(x.dtype))))
+        rounding = torch.finfo(u.dtype).eps * max(x.shape)
+        return left, u.masked_fill(u <= rounding * u.amax(), 0) if u.numel() else u, right
 
 
 Groups = str | int | Grouping
@@ -284,7 +283,7 @@ def resolve(groups: Groups | None, unit_dims: tuple[int, int] = (0, 1), scale: b
     if groups is None:
         return Elements()
     if isinstance(groups, Grouping):
-        return groups
+        return groups if scale or not isinstance(groups, NormGrouping) else replace(groups, scale=False)
     if isinstance(groups, int) and not isinstance(groups, bool):
         return Slices(groups, scale=scale)
     if groups == "output":
@@ -306,6 +305,13 @@ def largest(x: Tensor) -> Tensor:
 def _ratio(magnitude: Tensor, u: Tensor) -> Tensor:
     """`magnitude / u`, and 0 where `u` is 0: a zero group has no direction. NaN stays NaN."""
     return magnitude / u.masked_fill(u == 0, math.inf)
+
+
+def _decomposed(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decomposition; NaN where `x` is not finite, at which torch.linalg raises."""
+    finite = x.isfinite().all()
+    left, u, right = torch.linalg.svd(torch.where(finite, x, 0), full_matrices=False)
+    return left, torch.where(finite, u, math.nan), right
 
 
 def _check_dim(dim: int, shape: torch.Size) -> None:

@@ -261,7 +261,7 @@ class NuclearNorm(L1):
         super().__init__(params, lam, groups=SingularValues(), **kw)
 
 
-class SparseGroupLasso(L1):
+class SparseGroupLasso(ElasticNet):
     """`lam * (r * sum |w| + (1 - r) * sum_g sqrt(n_g) * ||w_g||)`: zeros within groups, and whole groups (Simon 2013).
 
     Args:
@@ -270,16 +270,15 @@ class SparseGroupLasso(L1):
         groups: see `GroupLasso`.
     """
 
-    def __init__(
-        self, params: Params, lam: float, *, l1_ratio: float = 0.5, groups: Groups = "output", **kw: Any
-    ) -> None:
+    coefficients = (1.0, 0.0)
+
+    def __init__(self, params: Params, lam: float, *, groups: Groups = "output", **kw: Any) -> None:
         if kw.get("weights") is not None:
             raise ValueError("SparseGroupLasso takes no weights: give them to L1 or GroupLasso, and add the two")
-        self.share = _share("l1_ratio", l1_ratio)
         super().__init__(params, lam, groups=groups, **kw)
 
     def factors(self, grouping: Grouping) -> list[tuple[Grouping, float]]:
-        return [(Elements(), self.share), (grouping, 1 - self.share)]
+        return [(Elements(), self.l1_ratio), (grouping, 1 - self.l1_ratio)]
 
 
 def _share(name: str, value: float) -> float:

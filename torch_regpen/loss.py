@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import multi_tensor, sharding
 from .groups import working_dtype
-from .terms import Term, by_tensor
+from .terms import Term, by_tensor, check_grad
 
 __all__ = ["total"]
 
@@ -132,6 +132,7 @@ def _grad(terms: list[Term], w: Tensor, g: Tensor) -> Tensor:
 
 def _widest_grad(terms: list[Term], w: Tensor) -> Tensor:
     """The gradient of the terms of one tensor, in the dtype in which they are computed."""
+    check_grad(terms)
     x = w.to(torch.promote_types(w.dtype, working_dtype(w.dtype)))
     first, *rest = (term.grad(x) for term in terms)
     return sum(rest, start=first)

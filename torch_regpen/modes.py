@@ -42,7 +42,6 @@ class Mode(ABC):
     """One way to apply a penalty in a step; all methods get the parameters that have a gradient, without autograd."""
 
     wants_lr = True
-    moves_by_prox = False
 
     def __init__(self, optimizer: Optimizer, metric: Metric) -> None:
         self.optimizer = optimizer
@@ -115,8 +114,6 @@ class Decoupled(Mode):
 class Proximal(Mode):
     """`w = prox(w, s*lam)` after the update."""
 
-    moves_by_prox = True
-
     def check(self, owned: Owned) -> None:
         per_coordinate = differs_by_coordinate(self.optimizer, self.metric)
         check_prox(owned.terms, per_coordinate)
@@ -128,7 +125,14 @@ class Proximal(Mode):
 
     def step_of(self, owned: Owned) -> Step:
         """The optimizer's own step, in its metric."""
-        return step_of(self.optimizer, owned.parameter, owned.group, self.metric)
+        step = step_of(self.optimizer, owned.parameter, owned.group, self.metric)
+        if callable(self.metric) and isinstance(step.size, Tensor) and step.size.ndim:
+            check_prox(owned.terms, per_coordinate=True)  # known only now
+        return step
+
+    def prox_step(self, owned: Owned) -> float | Tensor:
+        """What multiplies lambda in the prox that comes after this update."""
+        return self.step_of(owned).size
 
     def after_update(self, active: list[Owned]) -> None:
         prox_((owned.terms, self.step_of(owned)) for owned in active if not owned.off)
@@ -157,6 +161,10 @@ class Dual(Proximal):
                 dual.to_latent(owned.parameter, self.optimizer.state.get(owned.parameter, {}), self.left.get(key))
             else:
                 owned.parameter.copy_(self.moved.pop(key))
+
+    def prox_step(self, owned: Owned) -> float | Tensor:
+        size: float | Tensor = self.optimizer.state[owned.parameter].get(dual.STEPS, 0.0) + super().prox_step(owned)
+        return size
 
     def after_update(self, active: list[Owned]) -> None:
         for owned in active:

@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from . import dual
 from .frozen import FROZEN, FrozenZeros, all_zero
 from .metric import Metric, why_not
-from .modes import MODES, Owned
+from .modes import MODES, Owned, Proximal
 from .penalty import Penalty, Sum
-from .terms import by_tensor
+from .terms import Term, by_tensor
 
 __all__ = ["RegularizedOptimizer"]
 
@@ -132,6 +132,22 @@ class RegularizedOptimizer(Optimizer):
             group.pop(FROZEN, None)
         self._zeros.thaw()
 
+    @property
+    def moves_by_prox(self) -> bool:
+        """Whether its mode makes zeros by a prox: the proximal and the dual one."""
+        return isinstance(self._mode, Proximal)
+
+    def before_prox(self) -> Iterator[tuple[list[Term], float | Tensor | None]]:
+        """For whoever steers lambda: what the prox is about to see, in a hook after the wrapped optimizer's step.
+
+        Yields:
+            The terms of each penalized parameter, which the update has moved already, and what will multiply lambda in
+            its prox; None where there will be none.
+        """
+        for owned in self._owned():
+            steps = owned.parameter.grad is not None and FROZEN not in owned.group
+            yield owned.terms, self._mode.prox_step(owned) if steps and isinstance(self._mode, Proximal) else None
+
     def _regularized(self, closure: Callable[[], Any], active: list[Owned]) -> Callable[[], Any]:
         first = True
 
@@ -200,7 +216,7 @@ class RegularizedOptimizer(Optimizer):
                 stacklevel=3,
             )
         why = why_not(self.optimizer)
-        if self._mode.moves_by_prox and self.metric == "auto" and why is not None:
+        if self.moves_by_prox and self.metric == "auto" and why is not None:
             warnings.warn(
                 f"{name} {why}: the step that it takes for a unit gradient is not known, and the prox takes its lr. "
                 "Pass metric='euclidean' to say that this is right, or a callable that returns the step",

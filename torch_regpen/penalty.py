@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import numbers
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -88,14 +88,16 @@ class Penalty(nn.Module):
         for group in _as_groups(params):
             self.param_groups.append({**group, "lam": checked_lam(group.get("lam", default))})
             self._slots.append(select_slots(group["params"], group.get("select", select)))
-        self._centers: dict[str, Tensor] = {}
-        self._weights: dict[str, Tensor] = {}
-        self._refuse_overlap()
-        self.terms(frozen=True)  # raises where a parameter does not fit the groups
+        self._centered = False
+        self.terms(frozen=True)  # raises where a parameter cannot be penalized so
         if center is not None:
-            self._centers = self._per_parameter("center", center, center_of)
+            for slot, name, tensor, _, entry in self._entries("center", center):
+                slot.centers[name] = _center_of(name, tensor, entry)
+            self._centered = True
         if weights is not None:
-            self._weights = self._per_parameter("weights", weights, weights_of)
+            for slot, name, tensor, grouping, entry in self._entries("weights", weights):
+                if entry is not None:
+                    slot.weights[name] = _weights_of(name, tensor, grouping, entry)
 
     def rho(self, u: Tensor) -> Tensor:
         """`rho(u)`, elementwise, for magnitudes `u >= 0`."""
@@ -142,21 +144,29 @@ class Penalty(nn.Module):
         return [self]
 
     def terms(self, *, frozen: bool = False) -> list[Term]:
-        """What the penalty does to each of its parameters now, shared ones once; frozen ones are left out."""
-        seen: set[int] = set()
+        """What the penalty does to each of its parameters now, shared ones once; frozen ones are left out.
+
+        Raises:
+            ValueError: a parameter is in two groups, or does not fit the groups of its elements.
+        """
+        seen: dict[int, int] = {}  # the index of the group that each is in
         found = []
-        for group, slots in zip(self.param_groups, self._slots, strict=True):
+        stand_ins = sharding.stand_ins()
+        for index, (group, slots) in enumerate(zip(self.param_groups, self._slots, strict=True)):
             for slot in slots:
                 for name, tensor in slot.read():
-                    if id(tensor) in seen or (slot.frozen(name, tensor) and not frozen):
+                    tensor = stand_ins.get(id(tensor), tensor)
+                    if id(tensor) in seen:
+                        _refuse_overlap(name, seen[id(tensor)], index)
                         continue
-                    seen.add(id(tensor))
-                    grouping = resolve(self.groups, slot.unit_dims(tensor.ndim), self.scale)
-                    _check_groups(name, tensor, grouping)
-                    weights, center = (
-                        self._beside(self._weights, name, tensor),
-                        self._beside(self._centers, name, tensor),
-                    )
+                    if slot.frozen(name, tensor) and not frozen:
+                        continue
+                    seen[id(tensor)] = index
+                    grouping = self._grouping(slot, name, tensor)
+                    weights = _beside(slot, slot.weights, name, tensor)
+                    center = _beside(slot, slot.centers, name, tensor)
+                    if self._centered and (center is None or center.shape != tensor.shape):
+                        raise ValueError(f"parameter {name!r} was not there when the penalty took its center")
                     for part, factor in self.factors(grouping):
                         found.append(Term(name, tensor, self, part, group, factor, weights, center))
         return found
@@ -165,12 +175,13 @@ class Penalty(nn.Module):
         """The groupings on which `rho` acts, with their shares of lambda: one, but for mixtures."""
         return [(grouping, 1.0)]
 
-    def _beside(self, tensors: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor | None:
-        """What is kept for a parameter, moved to where the parameter is now."""
-        if name not in tensors:
-            return None
-        tensors[name] = sharding.placed_as(tensors[name], parameter)
-        return tensors[name]
+    def _grouping(self, slot: Slot, name: str, tensor: Tensor) -> Grouping:
+        grouping = resolve(self.groups, slot.unit_dims(tensor.ndim), self.scale)
+        try:
+            grouping.check(tensor.shape)
+        except ValueError as error:
+            raise ValueError(f"parameter {name!r}: {error}") from None
+        return grouping
 
     def named_parameters_penalized(self) -> Iterator[tuple[str, Tensor]]:
         """Yields `(name, parameter)` of each parameter that is penalized now: shared ones once, frozen ones not."""
@@ -283,34 +294,22 @@ class Penalty(nn.Module):
         if f"{prefix}_extra_state" in state_dict:
             super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _per_parameter(
-        self, what: str, given: Any, read: Callable[[Term, Tensor | None], Tensor | None]
-    ) -> dict[str, Tensor]:
-        """What `read` makes of the entry that `given`, by name, has for each parameter."""
-        if given != "initial" and not isinstance(given, Mapping):
+    def _entries(self, what: str, given: Any) -> Iterator[tuple[Slot, str, Tensor, Grouping, Tensor | None]]:
+        """The parameters, each where it stands, and what `given` has for it by name."""
+        initial = what == "center" and given == "initial"
+        if not initial and not isinstance(given, Mapping):
             raise TypeError(f"{what} must be a dict of name to tensor, not {given!r}")
-        found = {}
-        terms = self.terms(frozen=True)
-        if what == "weights" and (unknown := given.keys() - {s for term in terms for s in spellings(term.name)}):
+        found: dict[int, tuple[Slot, str, Tensor]] = {}
+        names: dict[int, list[str]] = {}  # all by which a parameter can be called, shared ones by several
+        for slot in (slot for slots in self._slots for slot in slots):
+            for name, tensor in slot.read():
+                found.setdefault(id(tensor), (slot, name, tensor))
+                names.setdefault(id(tensor), []).extend([*spellings(name), *spellings(slot.name)])
+        if what == "weights" and (unknown := given.keys() - set().union(*names.values())):
             raise ValueError(f"weights has {sorted(unknown)}, which the penalty does not hold")
-        for term in terms:
-            entry = term.tensor
-            if given != "initial":
-                names = (name for name in spellings(term.name) if name in given)
-                entry = given.get(next(names, term.name))
-            kept = read(term, entry)
-            if kept is not None:
-                found[term.name] = kept
-        return found
-
-    def _refuse_overlap(self) -> None:
-        seen: dict[int, int] = {}
-        for index, slots in enumerate(self._slots):
-            for name, tensor in (entry for slot in slots for entry in slot.tensors()):
-                if seen.setdefault(id(tensor), index) != index:
-                    raise ValueError(
-                        f"parameter {name!r} is in groups {seen[id(tensor)]} and {index}; it can have one lambda"
-                    )
+        for key, (slot, name, tensor) in found.items():
+            entry = tensor if initial else next((given[called] for called in names[key] if called in given), None)
+            yield slot, name, tensor, self._grouping(slot, name, tensor), entry
 
 
 class Sum(Penalty):
@@ -400,36 +399,37 @@ def _as_groups(params: Any) -> list[dict[str, Any]]:
     return entries
 
 
-def _check_groups(name: str, tensor: Tensor, grouping: Grouping) -> None:
-    try:
-        grouping.check(tensor.shape)
-    except ValueError as error:
-        raise ValueError(f"parameter {name!r}: {error}") from None
+def _refuse_overlap(name: str, first: int, second: int) -> None:
+    if first != second:
+        raise ValueError(f"parameter {name!r} is in groups {first} and {second}; it can have one lambda")
 
 
-def center_of(term: Term, entry: Tensor | None) -> Tensor:
-    """A copy of the center for the parameter of `term`."""
+def _beside(slot: Slot, kept: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor | None:
+    """What is kept for a parameter, moved to where it is now; by its plain name if it was parametrized since."""
+    key = name if name in kept else slot.name
+    if key not in kept:
+        return None
+    kept[key] = sharding.placed_as(kept[key], parameter)
+    return kept[key]
+
+
+def _center_of(name: str, parameter: Tensor, entry: Tensor | None) -> Tensor:
+    """A copy of the center of a parameter."""
     if entry is None:
-        raise ValueError(f"center has nothing for parameter {term.name!r}")
-    if entry.shape != term.tensor.shape:
-        raise ValueError(
-            f"center for {term.name!r} has shape {tuple(entry.shape)}, the parameter {tuple(term.tensor.shape)}"
-        )
+        raise ValueError(f"center has nothing for parameter {name!r}")
+    if entry.shape != parameter.shape:
+        raise ValueError(f"center for {name!r} has shape {tuple(entry.shape)}, the parameter {tuple(parameter.shape)}")
     return entry.detach().clone()
 
 
-def weights_of(term: Term, entry: Tensor | None) -> Tensor | None:
-    """The factors for the parameter of `term`, in a shape that broadcasts to its magnitudes."""
-    if entry is None:
-        return None
-    shape = term.grouping.magnitudes_shape(term.tensor.shape)
-    elementwise = isinstance(term.grouping, Elements)
-    wanted = tuple(shape) if elementwise else (shape.numel(),)
-    if isinstance(term.grouping, SingularValues) or tuple(entry.shape) != wanted:
-        raise ValueError(
-            f"weights for {term.name!r} have shape {tuple(entry.shape)}; "
-            + ("singular values take none" if isinstance(term.grouping, SingularValues) else f"allowed is {wanted}")
-        )
+def _weights_of(name: str, parameter: Tensor, grouping: Grouping, entry: Tensor) -> Tensor:
+    """A copy of the factors for a parameter, in a shape that broadcasts to its magnitudes."""
+    if isinstance(grouping, SingularValues):
+        raise ValueError(f"weights for {name!r}: singular values take none")
+    shape = grouping.magnitudes_shape(parameter.shape)
+    wanted = tuple(shape) if isinstance(grouping, Elements) else (shape.numel(),)
+    if tuple(entry.shape) != wanted:
+        raise ValueError(f"weights for {name!r} have shape {tuple(entry.shape)}; allowed is {wanted}")
     if not bool((entry >= 0).all() & entry.isfinite().all()):
-        raise ValueError(f"weights for {term.name!r} must be 0 or more and finite")
+        raise ValueError(f"weights for {name!r} must be 0 or more and finite")
     return entry.detach().clone().reshape(shape)

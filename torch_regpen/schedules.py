@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import dual
 from .groups import Elements
 from .optim import RegularizedOptimizer
 from .penalty import Penalty, checked_lam
@@ -20,13 +18,14 @@ from .terms import Term, by_tensor, prox
 __all__ = ["CosineRamp", "LamScheduler", "LinearRamp", "TargetSparsity"]
 
 
-# What the feedback needs, all on the logarithm of lambda, found by trial on small networks under SGD with momentum and
-# Adam: the gain on the error, the damping by its trend, and the most that lambda may change at once.
-SMALL = 1e-4
+# What TargetSparsity needs, on the logarithm of lambda, found by trial on small networks under SGD with momentum and Adam:
+# the most that lambda may change from one reading to the next; for the feedback also the gain on the error, the damping
+# by its trend, and the part of lambda from which it starts.
+FASTEST = math.log(1.2)
 GAIN = 0.1
 DAMPING = 1.0
-FASTEST = math.log(3.0)
-BISECTIONS = 30
+FASTEST_FEEDBACK = math.log(3.0)
+SMALL = 1e-4
 
 
 class LamScheduler:
@@ -99,18 +98,24 @@ def _checked_count(name: str, value: int) -> int:
 class TargetSparsity:
     """Steers lambda so that the fraction `target` of the elements is exactly zero after `steps` steps, and holds it.
 
-    Of a penalty over groups it is the fraction of groups. The fraction follows `target * ramp(step/steps)`. By default
-    it is measured, and lambda corrected by feedback: the error and its trend, on the logit scale. Given a
-    `RegularizedOptimizer` in the dual mode, lambda is read off the latent weights instead: it is the one at which the
-    wanted fraction of them is thresholded. Lambda starts from a small part of what the penalty has, so that a value
-    that is far too large does no harm; the proportions between groups and between the parts of a sum stay.
+    Of a penalty over groups it is the fraction of groups. The fraction follows `target * ramp(step/steps)`. The
+    proportions between the lambdas of groups and of the parts of a sum stay; how large they are to begin with makes no
+    difference, but for a penalty that is given without its optimizer.
+
+    Given a `RegularizedOptimizer` in the proximal or the dual mode, lambda is read off the weights between the
+    optimizer's update and the prox: it is the one at which the wanted fraction of them will be zero. In the dual mode
+    that is all. In the proximal mode, where lambda also says how fast all other weights shrink, it changes by no more
+    than a fifth from one reading to the next.
+
+    Given a penalty alone, the fraction is measured, and lambda corrected by the error and its trend: that works with
+    any loop that makes zeros, takes longer, and hits less exactly.
 
     Args:
-        penalty: a penalty, or the optimizer that has it. Its lambdas must be more than 0.
+        penalty: the optimizer that has the penalty, or a penalty. Its lambdas must be more than 0.
         target: the fraction, from 0 to less than 1.
         steps: the number of steps after which it is reached.
-        every: how many steps pass between two measurements, each of which waits for the device; a 300th of `steps`
-            unless told otherwise.
+        every: how many steps pass between two readings, each of which waits for the device and costs ten proximal maps
+            or more; a 300th of `steps` unless told otherwise.
         ramp: from [0, 1] to [0, 1]; `1 - (1 - x)^3` unless told otherwise (Zhu and Gupta 2017).
 
     Raises:
@@ -128,7 +133,7 @@ class TargetSparsity:
     ) -> None:
         if not 0 <= target < 1:
             raise ValueError(f"target must be a fraction from 0 to less than 1, not {target}")
-        self.optimizer = penalty if isinstance(penalty, RegularizedOptimizer) else None
+        self.optimizer = penalty if isinstance(penalty, RegularizedOptimizer) and penalty.moves_by_prox else None
         self.penalty = penalty.penalty if isinstance(penalty, RegularizedOptimizer) else penalty
         self.target = target
         self.steps = _checked_count("steps", steps)
@@ -137,24 +142,21 @@ class TargetSparsity:
         self.base = [float(group["lam"]) for group in self.penalty.param_groups]
         if not all(self.base):
             raise ValueError("every lambda must be more than 0, to be scaled; set a small one")
-        if not self._counted():
+        if not any(_zeroes(term) for term in self.penalty.terms()):
             raise ValueError(f"{self.penalty!r} zeroes nothing; L2 only shrinks")
         self.last_step = 0
         self.factor = SMALL
         self.sparsity = 0.0
-        _scale(self.penalty, self.base, self.factor)
+        self._set()
+        if self.optimizer is not None:
+            self.optimizer.optimizer.register_step_post_hook(self._read_off)
 
-    @torch.no_grad()
     def step(self) -> None:
-        """One step further; each `every` steps measure, and set lambda."""
+        """One step further, after `optimizer.step()`."""
         self.last_step += 1
-        if self.last_step % self.every:
-            return
-        if self.optimizer is not None and self.optimizer.mode == "dual":
-            self._read_off()
-        else:
+        if self.optimizer is None and self.last_step % self.every == 0:
             self._feed_back()
-        _scale(self.penalty, self.base, self.factor)
+        self._set()
 
     def state_dict(self) -> dict[str, Any]:
         """All that it needs to go on."""
@@ -164,42 +166,50 @@ class TargetSparsity:
         """Go on from a state that was saved, and set lambda as it was there."""
         for name in ("base", "last_step", "factor", "sparsity"):
             setattr(self, name, state_dict[name])
+        self._set()
+
+    def _set(self) -> None:
         _scale(self.penalty, self.base, self.factor)
+        step = self.last_step + 1
+        self._due = step % self.every == 0 or step == self.steps
 
     def _wanted(self, step: int) -> float:
         return self.target * self.ramp(min(step / self.steps, 1.0))
 
-    def _counted(self) -> list[list[Term]]:
-        """The terms of each tensor that can zero it."""
-        terms = [term for term in self.penalty.terms() if term.linear or term.kind.coefficients is None]
-        return by_tensor(terms)
-
+    @torch.no_grad()
     def _feed_back(self) -> None:
-        measured = _zero_fraction([(terms, terms[0].tensor) for terms in self._counted()]).item()
+        work = by_tensor(term for term in self.penalty.terms() if _zeroes(term))
+        measured = _zero_fraction([(terms, terms[0].tensor) for terms in work]).item()
         wanted, now = self._wanted(self.last_step + self.every), self._wanted(self.last_step)
         error = _logit(wanted) - _logit(measured)
         trend = (_logit(measured) - _logit(self.sparsity)) - (_logit(wanted) - _logit(now))
-        self.factor *= math.exp(min(max(GAIN * error - DAMPING * trend, -FASTEST), FASTEST))
+        change = GAIN * error - DAMPING * trend
+        self.factor *= math.exp(min(max(change, -FASTEST_FEEDBACK), FASTEST_FEEDBACK))
         self.sparsity = measured
 
-    def _read_off(self) -> None:
-        """Bisect for the factor at which the wanted fraction of the latent weights is thresholded, on the device."""
-        state = self.optimizer.state  # type: ignore[union-attr]
-        latent = [(terms, state[terms[0].tensor]) for terms in self._counted() if dual.LATENT in state[terms[0].tensor]]
-        if not latent:
+    @torch.no_grad()
+    def _read_off(self, *_: Any) -> None:
+        """Bisect for the factor at which the prox that is about to come leaves the wanted fraction of zeros."""
+        if not self._due or self.optimizer is None:
             return
+        self._due = False  # until the next step(): a closure may have the optimizer step more than once
+        work = [(terms, step) for terms, step in self.optimizer.before_prox() if any(map(_zeroes, terms))]
         _scale(self.penalty, self.base, 1.0)
-        wanted = self._wanted(self.last_step + self.every)
-        low, high = torch.tensor(-40.0), torch.tensor(40.0)  # of log2 of the factor
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            thresholded = [
-                (terms, prox([replace(t, tensor=s[dual.LATENT]) for t in terms], s[dual.STEPS] * middle.exp2()))
-                for terms, s in latent
-            ]
-            enough = _zero_fraction(thresholded) >= wanted
-            low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+        anywhere = self.optimizer.mode == "dual" or self.last_step < self.every
+        middle, reach = (0.0, 40.0) if anywhere else (math.log2(self.factor), FASTEST / math.log(2))
+        low, high = torch.tensor(middle - reach), torch.tensor(middle + reach)
+        for _ in range(30 if anywhere else 10):
+            guess = (low + high) / 2
+            after = [(terms, terms[0].tensor if step is None else prox(terms, step * guess.exp2())) for terms, step in work]
+            enough = _zero_fraction(after) >= self._wanted(self.last_step + 1)
+            low, high = torch.where(enough, low, guess), torch.where(enough, guess, high)
         self.factor = high.exp2().item()
+        _scale(self.penalty, self.base, self.factor)
+
+
+def _zeroes(term: Term) -> bool:
+    """Whether a term can make zeros."""
+    return term.linear > 0 or term.kind.coefficients is None
 
 
 def _zero_fraction(tensors: list[tuple[list[Term], Tensor]]) -> Tensor:

@@ -45,6 +45,8 @@ class Slot:
         self.select: Select | None = None  # what still has to judge a lazy parameter, once it has a shape
         self.registered: dict[str, weakref.ref[Tensor]] = {}  # the parameters that last stood here, by name,
         self.was_frozen: dict[str, bool] = {}  # and what is left of them where they are gone
+        self.centers: dict[str, Tensor] = {}  # what a penalty keeps for the parameters here, by name
+        self.weights: dict[str, Tensor] = {}
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
         """The parameters that stand here now, with their qualified names, frozen ones included; none while it is lazy.

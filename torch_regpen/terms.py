@@ -271,19 +271,20 @@ def prox(terms: list[Term], step: float | Tensor, cap: float | Tensor | None = N
         return v if term.center is None else v + term.center
     v = w.to(torch.promote_types(w.dtype, working_dtype(w.dtype)))
     v, step = _prox_quadratic(terms, v, step)
-    linear = [term for term in terms if term.linear or term.kind.positive]
+    linear = [term for term in terms if term.linear]
+    grouped = [term for term in linear if term.grouped]
     center = linear[0].center if linear else None
     if center is not None:
         v = v - center
     thresholds = [term.scaled_lam * term.linear for term in linear if not term.grouped]
     if thresholds:
         v = F.soft_threshold(v, step * sum(thresholds))
-    if center is not None and not any(term.grouped for term in linear):
+    if center is not None and not grouped:
         v, center = v + center, None
-    if any(term.kind.positive for term in linear):
-        v = v.clamp_min(0)
     v = limit(w if center is None else w - center, v, cap, Elements())
-    if grouped := [term for term in linear if term.grouped]:
+    if any(term.kind.positive for term in terms):
+        v = v.clamp_min(0)
+    if grouped:
         v = _prox_grouped(grouped, v, step, cap)
     return v if center is None else v + center
 
@@ -330,7 +331,7 @@ def distance(terms: list[Term], grad: Tensor) -> Tensor:
         if not term.kind.separable:
             continue
         zero = torch.zeros((), dtype=working_dtype(w.dtype), device=w.device)
-        at_zero = term.kind.rho_grad(zero) * term.scaled_lam
+        at_zero = (term.kind.rho_grad(zero) * term.scaled_lam).nan_to_num(0.0, math.inf)  # at lam=0 it absorbs nothing
         if term.grouped:
             slope = slope + at_zero
         else:

@@ -1,0 +1,70 @@
+"""Each example runs from end to end, in a small setting, and shows what it promises to show."""
+
+import re
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+pytest.importorskip("tensorboard")
+pytest.importorskip("tqdm")
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(name: str, *argv: str) -> None:
+    runpy.run_path(str(EXAMPLES / name))["main"](argv)
+
+
+def is_png(file: Path) -> bool:
+    return file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_five_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("five_weights.py", "--plot", str(tmp_path / "new" / "plot.png"))
+    out = capsys.readouterr().out
+    ends = re.findall("exactly 0|not 0", out)
+    assert ends == ["not 0", "not 0", "not 0", "exactly 0", "exactly 0"]  # none, L1, L2, decoupled, proximal
+    differences = re.findall(r"\d\.\de[+-]\d+", out)
+    assert len(differences) == 5
+    assert all(float(difference) < 1e-15 for difference in differences)
+    assert is_png(tmp_path / "new" / "plot.png")
+
+
+def test_existing_loop(capsys: pytest.CaptureFixture[str]) -> None:
+    run("existing_loop.py", "--epochs", "3")
+    without, with_penalty = capsys.readouterr().out.splitlines()
+    zeros = r"zeros +([\d,]+) of 17,400 weights"
+    assert re.search(zeros, without).group(1) == "0"
+    assert re.search(zeros, with_penalty).group(1) != "0"
+
+
+def test_compare_weight_decay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run("compare_weight_decay.py", "--seeds", "2", "--epochs", "3", "--logdir", str(tmp_path))
+    rows = {line[:20].strip(): line[20:].split() for line in capsys.readouterr().out.splitlines()}
+    assert float(rows["weight_decay"][0]) > 0  # lambda
+    assert rows["weight_decay"][:-1] == rows["L2 coupled"][:-1]  # all but the time
+    assert is_png(tmp_path / "compare_weight_decay.png")
+
+    folders = sorted(folder.name for folder in tmp_path.iterdir() if folder.is_dir())
+    assert len(folders) == 10
+    tags = []
+    for folder in folders:
+        events = EventAccumulator(str(tmp_path / folder), size_guidance={"histograms": 0}).Reload()
+        assert len(events.Histograms("weights/hidden1.weight")) == 3
+        tags.append((sorted(events.Tags()["histograms"]), sorted(events.Tags()["scalars"])))
+    assert all(tag == tags[0] for tag in tags)  # so the runs overlay

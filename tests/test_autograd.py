@@ -8,7 +8,7 @@ from oracles import KINDS, OMEGA
 from torch import nn
 from torch.func import functional_call, stack_module_state
 
-from torch_regpen import L1, GroupLasso
+from torch_regpen import L1, GroupLasso, RegularizedOptimizer
 
 LAM = 0.3
 EACH = pytest.mark.parametrize("kind", KINDS)
@@ -316,6 +316,16 @@ def test_what_is_frozen_is_judged_on_the_registered_parameter(frozen_when, copie
     torch.testing.assert_close(functional_call(module, parameters, (x,)), by_definition(module, parameters, x))
 
 
+def test_a_frozen_parameter_stays_out_where_the_registered_one_is_gone(x, device):
+    module = Regularized("L1", device=device)
+    module.first.weight.requires_grad_(False)
+    module(x)
+    parameters = detached(module)
+    expected = by_definition(module, parameters, x, frozen=("first.weight",))
+    functional = functional_call(module.to("meta"), parameters, (x,))
+    torch.testing.assert_close(functional, expected)
+
+
 def test_a_frozen_parameter_stays_out_of_an_ensemble_whose_base_is_on_meta(x, device):
     models = [Regularized("L1", device=device) for _ in range(2)]
     for model in models:
@@ -401,6 +411,16 @@ def test_compiled_torch_func(compiled):
     expected = by_definition(module, parameters, x, frozen=("first.weight",))
     torch.testing.assert_close(compiled(loss)(parameters), expected)
     torch.testing.assert_close(compiled(torch.func.grad(loss))(parameters), torch.func.grad(loss)(parameters))
+
+
+def test_a_loss_that_holds_the_penalty_is_noticed_by_the_optimizer_compiled_or_not(compiled):
+    model = nn.Linear(3, 2)
+    penalty = L1(model, LAM)
+    for loss in (lambda: model.weight.sum() + penalty(), compiled(lambda: model.weight.sum() + penalty())):
+        optimizer = RegularizedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), penalty)
+        loss().backward()
+        with pytest.warns(UserWarning, match="double"):
+            optimizer.step()
 
 
 def test_a_compiled_model_is_penalized_as_any_other():

@@ -618,6 +618,18 @@ def test_a_group_that_never_occurs_is_not_wiped_out_in_one_step_under_adam(devic
     assert (model.weight[0] == 0).all()
 
 
+@pytest.mark.parametrize("kind", ["GroupLasso", "L1+GroupLasso", "list"])
+def test_no_norm_of_a_group_shrinks_by_more_than_ten_times_lr_times_the_root_of_its_size(device, kind):
+    """Not even by all the penalties on it together."""
+    model = embedding(device, sparse=False)
+    before = model.weight.detach().clone()
+    look_up(model, RegularizedOptimizer(adam(model), KINDS[kind][0](model), "proximal"))
+    shrunk = before[UNSEEN].norm(dim=1) - model.weight[UNSEEN].norm(dim=1)
+    most = 10 * 0.01 * 3**0.5
+    assert (shrunk > 0.9 * most).all()
+    assert (shrunk <= most * (1 + 1e-5)).all()
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "L2"])
 def test_rows_that_never_occur_end_at_zero_and_not_at_once(device, kind):
     model = embedding(device, sparse=False)

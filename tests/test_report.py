@@ -7,8 +7,16 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from copies import LargestCopy
 from torch import nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
+from torch_regpen import report as module
+from torch_regpen.__main__ import main
 from torch_regpen.report import load_tensors, report
 
 
@@ -24,10 +32,6 @@ def model():
 
 def row(text, name):
     return next(line for line in text.splitlines() if line.split()[0] == name).split()
-
-
-def run(*args):
-    return subprocess.run([sys.executable, "-m", "torch_regpen", *args], capture_output=True, text=True, check=False)
 
 
 class Trap:
@@ -74,6 +78,83 @@ def test_safetensors_says_the_same(model, tmp_path):
     assert lines[0] == lines[1]
 
 
+FLOATS = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+WHOLE = [torch.bool, torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.int64, torch.uint64]
+COMPLEX = [torch.complex64, torch.complex128]
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, *WHOLE, *COMPLEX])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_every_type_of_numbers_is_counted(dtype, suffix, tmp_path):
+    w = torch.tensor([[1.0, 0.0, 2.0, 1.0], [0.0, -0.0, 0.0, 0.0], [4.0, 0.0, 1.0, 1.0]]).to(dtype)
+    file = tmp_path / f"w{suffix}"
+    if suffix == ".pt":
+        torch.save({"w": w}, file)
+    elif dtype == torch.complex128:
+        pytest.skip("safetensors has no such type")
+    else:
+        pytest.importorskip("safetensors.torch").save_file({"w": w}, file)
+    norm = torch.linalg.norm(w.to(torch.complex128)).item()
+    assert row(report(file), "w")[3:10] == ["12", "6", "50.00", "0", f"{norm:.4g}", "1/3", "1/4"]
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr])
+def test_sparse_tensors_say_what_they_would_if_they_were_dense(layout, tmp_path):
+    w = torch.eye(4) * (torch.arange(4) > 1)
+    blocks = {"blocksize": (2, 2)} if layout == torch.sparse_bsr else {}
+    torch.save({"dense": w, "sparse": w.to_sparse(layout=layout, **blocks)}, tmp_path / "w.pt")
+    text = report(tmp_path / "w.pt")
+    assert row(text, "sparse")[1:] == row(text, "dense")[1:]
+
+
+def test_odd_tensors_have_their_row_and_stop_nothing(tmp_path):
+    odd = {
+        "empty": torch.empty(0),
+        "no_rows": torch.empty(0, 3),
+        "no_columns": torch.empty(3, 0),
+        "scalar": torch.tensor(0.0),
+        "nan": torch.tensor([torch.nan, 1.0, 0.0]),
+        "infinite": torch.tensor([torch.inf, 1.0, 0.0]),
+        "large": torch.tensor([3e38, 4e38, 0.0]).clamp_max(3e38),
+        "small": torch.tensor([3e-40, 4e-40, 0.0]),
+        "quantized": torch.quantize_per_tensor(torch.tensor([[0.0, 1.0]]), 0.1, 0, torch.qint8),
+        "parameter": nn.Parameter(torch.tensor([[3.0, 0.0], [4.0, 0.0]])),
+        "strided": torch.tensor([[3.0, 9.0, 0.0], [4.0, 9.0, 0.0]])[:, ::2].t(),
+        "meta": torch.empty(3, 2, device="meta"),
+    }
+    if hasattr(torch, "float4_e2m1fn_x2"):  # two numbers in a byte, for which torch has no arithmetic
+        odd["four_bits"] = torch.zeros(3, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    torch.save(odd, tmp_path / "odd.pt")
+    text = report(tmp_path / "odd.pt")
+    for name in ("empty", "no_rows", "no_columns"):
+        assert row(text, name)[-7:] == ["0", "0.00", "0", "0", "-", "-", "-"]
+    assert row(text, "scalar")[-6:-3] == ["100.00", "0", "0"]
+    assert [row(text, name)[-4] for name in ("nan", "infinite", "large", "small")] == [
+        *("nan", "inf", "4.243e+38", "5e-40")
+    ]
+    assert {row(text, name)[-7] for name in ("nan", "infinite", "large", "small")} == {"1"}
+    assert row(text, "quantized")[-7:-1] == ["1", "50.00", "0", "1", "0/1", "1/2"]
+    assert row(text, "parameter")[-7:-1] == ["2", "50.00", "0", "5", "0/2", "1/2"]
+    assert row(text, "strided")[-7:-1] == ["2", "50.00", "0", "5", "1/2", "0/2"]
+    for name in odd.keys() & {"meta", "four_bits"}:
+        assert row(text, name)[-8:] == ["6", *["-"] * 7]
+    assert row(text, "total")[1] == "23"
+
+
+def test_a_large_tensor_is_looked_at_part_by_part(tmp_path, monkeypatch):
+    w = torch.rand(50, 40) + 1
+    w[3] = 0
+    w[4, 4] = 1e-6
+    torch.save({"w": w}, tmp_path / "w.pt")
+    before = report(tmp_path / "w.pt")
+    monkeypatch.setattr(module, "CHUNK", 70)
+    assert report(tmp_path / "w.pt") == before
+    with LargestCopy(w) as copies:
+        module._row("w", w)
+    assert copies.largest == 70
+    assert row(before, "w")[4:7] == ["40", "2.00", "1"]
+
+
 def test_nested_and_old_files_and_half_precision_are_read(model, tmp_path):
     torch.save({"epoch": 3, "model": model.half().state_dict()}, tmp_path / "checkpoint.pt")
     assert "model.1.weight" in load_tensors(tmp_path / "checkpoint.pt")
@@ -83,7 +164,8 @@ def test_nested_and_old_files_and_half_precision_are_read(model, tmp_path):
 
 def test_the_command_prints_the_report(model, tmp_path):
     torch.save(model.state_dict(), tmp_path / "model.pt")
-    done = run("report", str(tmp_path / "model.pt"))
+    command = [sys.executable, "-m", "torch_regpen", "report", str(tmp_path / "model.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert done.stdout.strip() == report(tmp_path / "model.pt")
 
@@ -91,7 +173,7 @@ def test_the_command_prints_the_report(model, tmp_path):
 @pytest.mark.parametrize(
     "kind", ["missing", "folder", "text", "empty", "truncated", "list", "module", "code", "pickle"]
 )
-def test_anything_else_is_one_line_that_names_the_file(kind, model, tmp_path):
+def test_anything_else_is_one_line_that_names_the_file(kind, model, tmp_path, monkeypatch, capsys):
     file, trap = tmp_path / f"{kind}.pt", tmp_path / "executed"
     if kind == "folder":
         file.mkdir()
@@ -110,12 +192,42 @@ def test_anything_else_is_one_line_that_names_the_file(kind, model, tmp_path):
         torch.save({"w": Trap(str(trap))}, file)
     elif kind == "pickle":
         file.write_bytes(pickle.dumps(Trap(str(trap))))
-    done = run("report", str(file))
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert str(file) in done.stderr
+    monkeypatch.setattr(sys, "argv", ["torch_regpen", "report", str(file)])
+    assert main() == 1
+    done = capsys.readouterr()
+    assert done.out == ""
+    assert len(done.err.strip().splitlines()) == 1
+    assert str(file) in done.err
     assert not trap.exists()
+
+
+def test_a_dict_that_holds_itself_is_one_line_too(tmp_path):
+    saved = {"w": torch.ones(2)}
+    saved["self"] = saved
+    torch.save(saved, tmp_path / "self.pt")
+    with pytest.raises(ValueError, match=r"self\.pt: it cannot be read"):
+        report(tmp_path / "self.pt")
+
+
+def test_a_sharded_checkpoint_says_how_to_make_a_file_of_it(model, tmp_path):
+    dcp.save(model.state_dict(), checkpoint_id=tmp_path / "sharded", no_dist=True)
+    for part in (tmp_path / "sharded", tmp_path / "sharded" / "__0_0.distcp"):
+        with pytest.raises(ValueError, match=r"sharded.*dcp_to_torch"):
+            report(part)
+    dcp_to_torch_save(tmp_path / "sharded", tmp_path / "whole.pt")
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    assert sorted(report(tmp_path / "whole.pt").splitlines()) == sorted(report(tmp_path / "model.pt").splitlines())
+
+
+def test_one_ranks_part_of_sharded_tensors_is_refused(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        w = distribute_tensor(torch.ones(4), init_device_mesh("cpu", (1,)), [Shard(0)])
+        torch.save({"w": w}, tmp_path / "w.pt")
+    finally:
+        dist.destroy_process_group()
+    with pytest.raises(ValueError, match=r"one rank's part.*\(w, \.\.\.\).*full_state_dict"):
+        report(tmp_path / "w.pt")
 
 
 def test_a_broken_safetensors_file_is_one_line_too(tmp_path):

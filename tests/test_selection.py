@@ -399,6 +399,14 @@ def test_the_prefix_of_a_compiled_part_does_not_count():
     assert names(L1(model, 0.1, select="encoder.conv.weight")) == ["encoder._orig_mod.conv.weight"]
 
 
+def test_the_prefix_of_activation_checkpointing_does_not_count():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = Net()
+    model.head = checkpoint_wrapper(model.head)
+    assert names(L1(model, 0.1, select="head.weight")) == ["head._checkpoint_wrapped_module.weight"]
+
+
 @pytest.mark.parametrize("prefix", ["encoder", "head"])
 def test_a_module_that_is_called_module_within_a_model_counts(prefix):
     model = nn.ModuleDict({prefix: wrapped(nn.Linear(2, 2))})
@@ -652,3 +660,19 @@ def test_a_parameter_that_is_gone_is_reported():
     del model[0].weight
     with pytest.raises(ValueError, match=r"'0\.weight' is gone"):
         penalty()
+
+
+def test_a_plain_tensor_without_requires_grad_is_taken_as_it_is(device):
+    w = torch.ones(2, device=device)
+    penalty = L1([w], 0.1)
+    assert penalty().item() == pytest.approx(0.2)
+    penalty.prox_(2.0)
+    assert w.tolist() == pytest.approx([0.8, 0.8])
+
+
+def test_a_tensor_given_as_such_is_left_out_while_it_is_frozen(device):
+    w = torch.ones(2, device=device, requires_grad=True)
+    penalty = L1([w, torch.nn.Parameter(torch.ones(3, device=device), requires_grad=False)], 0.1)
+    assert penalty().item() == pytest.approx(0.2)
+    w.requires_grad_(False)
+    assert penalty().item() == 0

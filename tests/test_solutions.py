@@ -79,6 +79,7 @@ ADAM = {
     "adam": lambda p, _: torch.optim.Adam(p, lr=0.03),
     "adamw": lambda p, _: torch.optim.AdamW(p, lr=0.03, weight_decay=0),
     "amsgrad": lambda p, _: torch.optim.Adam(p, lr=0.03, amsgrad=True),
+    "large eps": lambda p, _: torch.optim.Adam(p, lr=0.03, betas=(0.8, 0.99), eps=0.1),
 }
 STEPS = 1500
 

@@ -148,15 +148,16 @@ def test_distance_of_a_complex_zero_by_brute_force_over_its_disc(grad):
 
 def test_it_is_the_largest_over_coordinates_and_parameters():
     pair = []
-    for w, grad in (([0.0, 1.0], [-0.5, -0.25]), ([[2.0], [0.0]], [[-1.0], [0.1]])):
+    for w, grad in (([0.0, 1.0], [-0.5, -0.75]), ([[2.0], [0.0]], [[-1.5], [0.1]])):
         pair.append(torch.tensor(w, requires_grad=True))
         pair[-1].grad = torch.tensor(grad)
-    assert L1(pair, 0.25).stationarity().item() == 0.75
-    assert L1(pair[:1], 0.25).stationarity().item() == 0.25
-    groups = [{"params": pair[:1]}, {"params": pair[1:], "lam": 1.0}]
-    assert L1(groups, 0.25).stationarity().item() == 0.25
+    assert L1(pair, 0.25).stationarity().item() == 1.25
+    assert L1(pair[::-1], 0.25).stationarity().item() == 1.25
+    assert L1(pair[:1], 0.25).stationarity().item() == 0.5
+    groups = [{"params": pair[:1]}, {"params": pair[1:], "lam": 0.75}]
+    assert L1(groups, 0.25).stationarity().item() == 0.75
     pair[1].requires_grad_(False)
-    assert L1(pair, 0.25).stationarity().item() == 0.25
+    assert L1(pair, 0.25).stationarity().item() == 0.5
 
 
 def test_parameters_without_grad_are_passed_over(device):

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from copies import LargestCopy
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from torch_regpen import (
     L0,
@@ -262,22 +261,6 @@ def test_a_large_tensor_goes_through_in_chunks(board, monkeypatch):
 def test_counting_reads_nothing_back_from_the_device():
     with FakeTensorMode():  # has no values: reading one raises
         tally.tally(torch.empty(100, 3))
-
-
-class LargestCopy(TorchDispatchMode):
-    """The number of elements of the largest tensor that is made, views of `w` apart."""
-
-    def __init__(self, w):
-        super().__init__()
-        self.storage = w.untyped_storage().data_ptr()
-        self.largest = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() != self.storage:
-                self.largest = max(self.largest, tensor.numel())
-        return result
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,31 +19,62 @@ ORDERED = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.in
 
 
 class Place(NamedTuple):
-    """A parameter, its qualified name, and the slot where it stands."""
+    """A parameter and where it stands: in several slots, if layers share it.
+
+    Attributes:
+        name: its qualified name in the first of them; of a second model in a sum, with an underscore if it is taken.
+        tensor: the parameter.
+        slots: where it stands.
+    """
 
     name: str
     tensor: Tensor
-    slot: Slot
+    slots: list[Slot]
 
     @property
     def outputs(self) -> Slices:
         """A group for each of its output units."""
-        return Slices(self.slot.unit_dims(self.tensor.ndim)[0])
+        return Slices(self.slots[0].unit_dims(self.tensor.ndim)[0])
 
 
-def places(source: Penalty | nn.Module, select: Select) -> Iterator[Place]:
-    """Where the parameters of a penalty, or those of a model that `select` means, stand now.
+def places(source: Penalty | nn.Module, select: Select | None = None, default: Select = "all") -> list[Place]:
+    """The parameters of a penalty, or those of a model that `select` means, where they stand now.
 
-    One that is shared comes once for each place; two may have the same name, where a sum holds two models.
+    Args:
+        source: the penalty, or the model.
+        select: as a penalty takes it.
+        default: what None means.
+
+    Raises:
+        TypeError: `source` is neither.
+        ValueError: `select` matches nothing, or is given beside a penalty.
     """
+    if not isinstance(source, nn.Module):
+        raise TypeError(
+            f"given a {type(source).__name__}; allowed are a penalty (of several, the sum p + q) and an nn.Module"
+        )
     if isinstance(source, Penalty):
+        if select is not None:
+            raise ValueError(
+                f"select={select!r} beside a penalty: it chooses among a model's parameters, and a penalty has chosen. "
+                "Give the model, or a penalty on those that you mean"
+            )
         slots = [slot for part in source.parts for group in part._slots for slot in group]
     else:
-        slots = select_slots(source, select)
+        slots = select_slots(source, default if select is None else select)
     stand_ins = sharding.stand_ins()
+    found: dict[int, Place] = {}
+    taken: set[str] = set()
     for slot in slots:
-        for name, tensor in slot.read():
-            yield Place(name, stand_ins.get(id(tensor), tensor), slot)
+        for name, standing in slot.read():
+            tensor = stand_ins.get(id(standing), standing)
+            if id(tensor) not in found:
+                while name in taken:
+                    name += "_"
+                taken.add(name)
+                found[id(tensor)] = Place(name, tensor, [])
+            found[id(tensor)].slots.append(slot)
+    return list(found.values())
 
 
 @torch.no_grad()

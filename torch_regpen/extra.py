@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .groups import Elements, Grouping, SingularValues, working_dtype
+from .groups import Grouping, working_dtype
 from .penalty import Penalty, checked_lam
-from .selection import Params, spellings
+from .selection import Params, Slot, spellings
 
 __all__ = ["ActivityPenalty", "Orthogonal"]
 
@@ -39,10 +39,15 @@ class Orthogonal(Penalty):
         if kw.keys() - {"select"}:
             raise TypeError(f"Orthogonal takes params, lam, select and measure, not {sorted(kw.keys() - {'select'})}")
         self.measure = measure
-        super().__init__(params, lam, groups=SingularValues(), **kw)  # a tensor with rows and columns
+        super().__init__(params, lam, **kw)
 
-    def factors(self, grouping: Grouping) -> list[tuple[Grouping, float]]:
-        return [(Elements(), 1.0)]
+    def _grouping(self, slot: Slot, name: str, tensor: Tensor) -> Grouping:
+        if tensor.ndim < 2:
+            raise ValueError(
+                f"parameter {name!r} of shape {tuple(tensor.shape)} has no rows that could be orthogonal; leave it out "
+                "with `select`"
+            )
+        return super()._grouping(slot, name, tensor)
 
     def omega(self, x: Tensor, grouping: Grouping, factor: float | Tensor) -> Tensor:
         w = _rows(x)

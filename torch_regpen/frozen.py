@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from .sharding import local
+from .groups import largest
+from .sharding import local, maximum
 
 __all__ = ["FROZEN", "FrozenZeros", "all_zero"]
 
@@ -21,6 +21,9 @@ class FrozenZeros:
 
     def __init__(self) -> None:
         self._masks: dict[int, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_masks": {}}  # in a copy the same ids may mean other tensors; the zeros are found anew
 
     def silence(self, parameter: Tensor, state: dict[str, Any]) -> None:
         """Take the gradient off the zeros of a parameter, and the first time the optimizer's state too.
@@ -48,5 +51,4 @@ class FrozenZeros:
 
 def all_zero(parameter: Tensor) -> bool:
     """Whether a parameter is zero everywhere, on every rank; reads it back from the device."""
-    largest = parameter.detach().abs().max()
-    return bool((largest.full_tensor() if isinstance(largest, DTensor) else largest) == 0)
+    return bool(maximum([(largest(local(parameter.detach()).abs()), parameter)]) == 0)

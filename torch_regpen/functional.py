@@ -136,7 +136,7 @@ def mcp_rho_grad(u: Tensor, knee: float) -> Tensor:
 
 def mcp_rho_prox(u: Tensor, t: Threshold, knee: float) -> Tensor:
     """Firm threshold for `t < knee`; for larger `t` a hard threshold at `sqrt(t*knee)`, 0 at the jump itself."""
-    t = torch.as_tensor(t, dtype=u.dtype, device=u.device)
+    t = _beside(t, u)
     firm = torch.where(u <= knee, _ratio((u - t).clamp_min(0), 1 - t / knee).clamp_max(knee), u)
     hard = u.masked_fill(u <= (t * knee).sqrt(), 0)
     return torch.where(t < knee, firm, hard)
@@ -160,7 +160,7 @@ def scad_rho_prox(u: Tensor, t: Threshold, knee: float, a: float) -> Tensor:
     For larger `t` the line falls, and the prox jumps from the soft threshold to `u`: at `((a+1)*k + t) / 2`, or from 0
     at `sqrt((a+1)*k*t)`, where it takes the lower end.
     """
-    t = torch.as_tensor(t, dtype=u.dtype, device=u.device)
+    t = _beside(t, u)
     k = knee / a
     slope = t / ((a - 1) * k)
     soft = (u - t).clamp_min(0)
@@ -202,7 +202,7 @@ def l_half_rho_grad(u: Tensor) -> Tensor:
 
 def l_half_rho_prox(u: Tensor, t: Threshold) -> Tensor:
     """Half threshold: the largest root of `s^3 - u*s + t/2 = 0`, squared, above `1.5 * t^(2/3)`; 0 up to there."""
-    t = torch.as_tensor(t, dtype=u.dtype, device=u.device)
+    t = _beside(t, u)
     threshold = 1.5 * t.pow(2 / 3)
     angle = (-(threshold / u).pow(1.5) / math.sqrt(2)).clamp(-1, 1).acos() / 3
     return (4 / 3 * u * angle.cos().square()).masked_fill(u <= threshold, 0)
@@ -220,7 +220,12 @@ def l0_rho_grad(u: Tensor) -> Tensor:
 
 def l0_rho_prox(u: Tensor, t: Threshold) -> Tensor:
     """Hard threshold at `sqrt(2*t)`, 0 at the jump itself."""
-    return u.masked_fill(u <= (2 * torch.as_tensor(t, dtype=u.dtype, device=u.device)).sqrt(), 0)
+    return u.masked_fill(u <= (2 * _beside(t, u)).sqrt(), 0)
+
+
+def _beside(t: Threshold, u: Tensor) -> Tensor:
+    """`t` as a tensor of the dtype and on the device of `u`, which nobody waits for."""
+    return torch.as_tensor(t, dtype=u.dtype).to(u.device, non_blocking=True)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -311,7 +311,8 @@ def _decomposed(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The singular value decomposition; NaN where `x` is not finite, at which torch.linalg raises."""
     finite = x.isfinite().all()
     left, u, right = torch.linalg.svd(torch.where(finite, x, 0), full_matrices=False)
-    return left, torch.where(finite, u, math.nan), right
+    one = torch.where(finite, 1.0, math.nan)
+    return left * one, u * one, right
 
 
 def _check_dim(dim: int, shape: torch.Size) -> None:

@@ -1,8 +1,11 @@
-"""The penalty as a differentiable term of the loss: an autograd node for each large tensor or many small ones."""
+"""The penalty as a differentiable term of the loss: an autograd node for each large tensor or pack of small ones.
+
+A node for all would write all gradients before the first is freed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,55 +14,55 @@ from torch import Tensor
 
 from . import multi_tensor, sharding
 from .groups import working_dtype
-from .terms import Term, by_tensor, check_grad
+from .terms import Bundle, Term, bundles, check_grad
 
-__all__ = ["total"]
-
-LARGE = 1 << 16  # elements from which a tensor has a node of its own, so that its gradient is freed before the next
+__all__ = ["together", "total"]
 
 
-def total(terms: list[Term]) -> Tensor:
+def total(work: Iterable[Bundle]) -> Tensor:
     """The sum of the terms, at least one: 0-dim, float64 where any tensor is, else float32, on the first device."""
-    parts = [sharding.Part(of_tensor) for of_tensor in by_tensor(terms)]
-    sums = [_value(bundle) for bundle in _bundles([part.terms for part in parts if part.along is None])]
-    if cut := [part for part in parts if part.along is not None]:
-        with _no_autocast(terms[0].tensor):
-            value, known = sharding.total(cut, lambda some: _Value.forward(by_tensor(some), *_tensors(by_tensor(some))))
-        sums += [value, *(_GradientOnly.apply(bundle, *_tensors(bundle)) for bundle in _bundles(by_tensor(known)))]  # type: ignore[no-untyped-call]
-    dtypes = {working_dtype(term.tensor.dtype) for term in terms}
-    device = terms[0].tensor.device
-    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    sums = [s.to(device, dtype) for s in sums]
-    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+    work = list(work)
+    here, cut = _by_place(work)
+    sums = [_value(bundle) for bundle in here]
+    if cut:
+        with _no_autocast(work[0].tensors[0]):
+            value, known = sharding.total(cut, lambda terms: _sum([_forward(b, b.tensors) for b in bundles(terms)]))
+        sums += [value, *(_GradientOnly.apply(b, *b.tensors) for b in bundles(known))]  # type: ignore[no-untyped-call]
+    return together(sums, work)
 
 
-Bundle = list[list[Term]]  # the terms of each of some tensors
+def together(sums: list[Tensor], work: list[Bundle]) -> Tensor:
+    """The sum of sums of the terms, as `total` has it."""
+    dtypes = {working_dtype(dtype) for dtype in {w.dtype for bundle in work for w in bundle.tensors}}
+    device, dtype = work[0].tensors[0].device, torch.float64 if torch.float64 in dtypes else torch.float32
+    return _sum([s.to(device, dtype) for s in sums])
 
 
-def _tensors(bundle: Bundle) -> list[Tensor]:
-    return [terms[0].tensor for terms in bundle]
+def _by_place(work: list[Bundle]) -> tuple[list[Bundle], list[sharding.Part]]:
+    """What this rank has the whole of, and the parts of tensors that are cut."""
+    here, cut = [], []
+    for bundle in work:
+        if bundle.sums_here:
+            here.append(bundle)
+            continue
+        for part in map(sharding.Part, bundle.each):
+            if part.along is None:
+                here += bundles(part.terms)
+            else:
+                cut.append(part)
+    return here, cut
 
 
 def _value(bundle: Bundle) -> Tensor:
-    ws = _tensors(bundle)
+    ws = bundle.tensors
     if not torch.compiler.is_compiling():
         return _EagerValue.apply(bundle, *ws)  # type: ignore[no-any-return, no-untyped-call]
-    if not torch.is_grad_enabled() or not any(w.requires_grad for w in ws):
-        return _Value.forward(bundle, *ws)  # what apply does then, but for torch.compile, which counts the arguments
-    for terms in bundle:
-        _mark(terms)
+    differentiable = torch.is_grad_enabled() and any(w.requires_grad for w in ws)
+    if differentiable:
+        _mark(bundle)
+    if bundle.plain or not differentiable:
+        return _Value.forward(bundle, *ws)  # the compiler differentiates it as well
     return _Value.apply(bundle, *ws)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _bundles(tensors: Bundle) -> Iterator[Bundle]:
-    small: dict[tuple[torch.device, torch.dtype], Bundle] = {}
-    for of_tensor in tensors:
-        tensor = of_tensor[0].tensor
-        if tensor.numel() >= LARGE:
-            yield [of_tensor]
-        else:
-            small.setdefault((tensor.device, working_dtype(tensor.dtype)), []).append(of_tensor)
-    yield from small.values()
 
 
 class _Value(torch.autograd.Function):
@@ -70,16 +73,7 @@ class _Value(torch.autograd.Function):
     @staticmethod
     def forward(bundle: Bundle, *ws: Tensor) -> Tensor:
         with _no_autocast(ws[0]):
-            sums = []
-            plain: dict[tuple[float, float], list[Tensor]] = {}
-            for terms, w in zip(bundle, ws, strict=True):
-                for term in terms:
-                    if term.plain:
-                        plain.setdefault((term.lam * term.linear, term.lam * term.quadratic), []).append(w)
-                    else:
-                        sums.append(term.value(w))
-            sums += [multi_tensor.total(tensors, *coefficients) for coefficients, tensors in plain.items()]
-            return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+            return _forward(bundle, ws)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -89,7 +83,7 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        return None, *(_grad(terms, w, g) for terms, w in zip(ctx.bundle, ctx.saved_tensors, strict=True))
+        return None, *_grads(ctx.bundle, ctx.saved_tensors, g)
 
 
 class _EagerValue(_Value):
@@ -97,15 +91,21 @@ class _EagerValue(_Value):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        for terms in ctx.bundle:
-            _mark(terms)
-        return _Value.backward(ctx, g)
+        _mark(ctx.bundle)
+        ws = ctx.saved_tensors
+        differentiated = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        batched = torch._C._functorch.is_legacy_batchedtensor(g)
+        if differentiated or batched or not ctx.bundle.plain or ws[0].dtype != working_dtype(ws[0].dtype):
+            return None, *_grads(ctx.bundle, ws, g)
+        linear, quadratic = ctx.bundle.coefficients
+        factors = g * linear if linear or not quadratic else None, g * quadratic if quadratic else None
+        return None, *multi_tensor.gradients(ws, *factors)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Tensor:
         products = [
             (_widest_grad(terms, w).conj() * tangent).real.sum()
-            for terms, w, tangent in zip(ctx.bundle, ctx.saved_tensors, tangents, strict=True)
+            for terms, w, tangent in zip(ctx.bundle.each, ctx.saved_tensors, tangents, strict=True)
             if tangent is not None
         ]
         return torch.stack(products).sum()
@@ -119,15 +119,25 @@ class _GradientOnly(_EagerValue):
         return torch.zeros((), dtype=working_dtype(ws[0].dtype), device=ws[0].device)
 
 
-def _mark(terms: list[Term]) -> None:
-    for term in terms:
+def _forward(bundle: Bundle, ws: Iterable[Tensor]) -> Tensor:
+    if bundle.plain:
+        return multi_tensor.total(list(ws), *bundle.coefficients)
+    return _sum([term.value(w) for terms, w in zip(bundle.each, ws, strict=True) for term in terms])
+
+
+def _sum(sums: list[Tensor]) -> Tensor:
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+
+
+def _mark(bundle: Bundle) -> None:
+    for term in bundle.terms:
         term.kind.seen["in_loss"] = True
 
 
-def _grad(terms: list[Term], w: Tensor, g: Tensor) -> Tensor:
+def _grads(bundle: Bundle, ws: Iterable[Tensor], g: Tensor) -> list[Tensor]:
     """`g * gradient of the terms`, rounded to the dtype of `w` at the end: `g` may be a loss scale."""
-    with _no_autocast(w):
-        return (_widest_grad(terms, w) * g).to(w.dtype)
+    with _no_autocast(g):
+        return [(_widest_grad(terms, w) * g).to(w.dtype) for terms, w in zip(bundle.each, ws, strict=True)]
 
 
 def _widest_grad(terms: list[Term], w: Tensor) -> Tensor:

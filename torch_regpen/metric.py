@@ -6,36 +6,73 @@ With momentum `s` is not `lr`, and with Adam it differs by coordinate (ProxGen: 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, optim
 from torch.optim import Optimizer
 
-__all__ = ["Metric", "Step", "differs_by_coordinate", "step_of", "why_not"]
+from .groups import largest
+from .terms import Step
+
+__all__ = ["Metric", "RootStep", "Step", "differs_by_coordinate", "quotients", "steps_of", "why_not"]
 
 Metric = str | Callable[[Optimizer, Tensor, dict[str, Any]], float | Tensor]
 
 
-class Step(NamedTuple):
-    """What an optimizer does to a parameter for a unit gradient.
+class RootStep(NamedTuple):
+    """`lr*root / (sqrt(moment) + eps*root)` for each element, `root = sqrt(1 - beta^updates)`: a step not yet computed.
 
     Attributes:
-        size: the step: a number, a 0-dim tensor, or a tensor of the parameter's shape.
-        cap: the most that one step may shrink an element, where the optimizer normalises its steps; else None.
+        moment: the second moment, of the parameter's shape.
+        lr: a number or a 0-dim tensor.
+        eps: a number.
+        cap: as of `Step`.
+        beta: the decay of the moment.
+        updates: their number so far, 0-dim; None where the moment's bias is not corrected, and `root` is 1.
     """
 
-    size: float | Tensor
-    cap: float | Tensor | None = None
+    moment: Tensor
+    lr: float | Tensor
+    eps: float
+    cap: float | Tensor
+    beta: float = 0.0
+    updates: Tensor | None = None
+
+    @property
+    def size(self) -> Tensor:
+        """The step of each element."""
+        numerators, eps = quotients([self])
+        size: Tensor = numerators[0] / (self.moment.sqrt() + eps[0])
+        return size
 
 
-def step_of(optimizer: Optimizer, parameter: Tensor, group: dict[str, Any], metric: Metric) -> Step:
-    """The step that `optimizer`, which has just updated `parameter`, takes for a unit gradient."""
+def quotients(steps: Sequence[RootStep]) -> tuple[Tensor, Tensor]:
+    """The numerator `lr*root` and the `eps*root` of each of some steps, which differ in moment and updates only.
+
+    Before the first update the one is 0, and the other not quite: no 0/0.
+    """
+    moment, lr, eps, _, beta, updates = steps[0]
+    if updates is None:
+        root = torch.ones(len(steps), device=moment.device)
+    else:
+        root = (1 - beta ** torch.stack([step.updates for step in steps])).sqrt()  # type: ignore[misc]
+        root = root.to(moment.device, non_blocking=True)
+    return root * lr, root * eps + torch.finfo(torch.float32).tiny
+
+
+def steps_of(
+    optimizer: Optimizer, parameters: Sequence[Tensor], group: dict[str, Any], metric: Metric
+) -> list[Step | RootStep]:
+    """The step that `optimizer`, which has just updated them, takes for a unit gradient of each of some parameters."""
     if callable(metric):
-        return Step(metric(optimizer, parameter, group))
+        return [Step(metric(optimizer, parameter, group)) for parameter in parameters]
     rule = _rule(optimizer) if metric == "auto" else None
-    return Step(group["lr"]) if rule is None else rule(parameter, optimizer.state.get(parameter, {}), group)
+    if rule is None or rule is _sgd:  # one for all
+        step = Step(group["lr"]) if rule is None else _sgd(parameters[0], {}, group)
+        return [step] * len(parameters)
+    return [rule(parameter, optimizer.state.get(parameter, {}), group) for parameter in parameters]
 
 
 def why_not(optimizer: Optimizer) -> str | None:
@@ -66,15 +103,9 @@ def _asgd(parameter: Tensor, state: State, group: Group) -> Step:
     return Step(lr / (1 + lambd * lr * (state["step"] - 1)) ** group["alpha"])
 
 
-def _adam(parameter: Tensor, state: State, group: Group) -> Step:
-    v = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
-    root = _correction(state, group)
-    return _normalised(v.sqrt().add_(group["eps"] * root), group["lr"] * root, group)
-
-
-def _nadam(parameter: Tensor, state: State, group: Group) -> Step:
-    root = _correction(state, group)
-    return _normalised(state["exp_avg_sq"].sqrt().add_(group["eps"] * root), group["lr"] * root, group)
+def _adam(parameter: Tensor, state: State, group: Group) -> RootStep:
+    moment = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
+    return RootStep(moment, group["lr"], group["eps"], _cap(group), group["betas"][1], state["step"])
 
 
 def _sparse_adam(parameter: Tensor, state: State, group: Group) -> Step:
@@ -103,9 +134,14 @@ def _adagrad(parameter: Tensor, state: State, group: Group) -> Step:
 
 def _rmsprop(parameter: Tensor, state: State, group: Group) -> Step:
     v = state["square_avg"]
-    if group["centered"]:
-        v = (v - state["grad_avg"].square()).clamp_min_(0)
-    return _normalised(v.sqrt().add_(group["eps"]), group["lr"], group, group["momentum"])
+    if not group["centered"]:
+        return _normalised(v.sqrt().add_(group["eps"]), group["lr"], group, group["momentum"])
+    v = (v - state["grad_avg"].square()).clamp_min_(0)
+    step = _normalised(v.sqrt_().add_(group["eps"]), group["lr"], group, group["momentum"])
+    # A gradient that has become constant has next to no variance: then it moves a coordinate by far more than lr.
+    grad: Any = parameter.grad
+    moved: Tensor = step.size * grad
+    return step._replace(cap=(10 * largest(moved.abs())).clamp_min(10 * group["lr"] / (1 - group["momentum"])))
 
 
 def _adadelta(parameter: Tensor, state: State, group: Group) -> Step:
@@ -147,11 +183,11 @@ def _cap(group: Group, momentum: float = 0.0) -> float | Tensor:
     return cap
 
 
-RULES: dict[type[Optimizer], Callable[[Tensor, State, Group], Step]] = {
+RULES: dict[type[Optimizer], Callable[[Tensor, State, Group], Step | RootStep]] = {
     optim.SGD: _sgd,
     optim.ASGD: _asgd,
     optim.Adam: _adam,  # and AdamW
-    optim.NAdam: _nadam,
+    optim.NAdam: _adam,
     optim.SparseAdam: _sparse_adam,
     optim.RAdam: _radam,
     optim.Adamax: _adamax,
@@ -168,5 +204,5 @@ WITHOUT: dict[type[Optimizer], str] = {
 }
 
 
-def _rule(optimizer: Optimizer) -> Callable[[Tensor, State, Group], Step] | None:
+def _rule(optimizer: Optimizer) -> Callable[[Tensor, State, Group], Step | RootStep] | None:
     return next((RULES[kind] for kind in type(optimizer).__mro__ if kind in RULES), None)

@@ -3,39 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from operator import attrgetter
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import dual
+from . import dual, multi_tensor
 from . import loss as losses
-from .metric import Metric, Step, differs_by_coordinate, step_of
-from .terms import Term, add_grads_, check_grad, check_prox, decay_, prox_
+from .metric import Metric, RootStep, Step, differs_by_coordinate, quotients, steps_of
+from .terms import Bundle, Term, add_grad_, check_grad, check_prox, decay_, prox_
 
-__all__ = ["MODES", "Mode", "Owned"]
-
-
-class Owned(NamedTuple):
-    """A penalized parameter: the terms on it, and the param_group of the optimizer that owns it."""
-
-    terms: list[Term]
-    group: dict[str, Any]
-
-    @property
-    def parameter(self) -> Tensor:
-        """The parameter itself."""
-        return self.terms[0].tensor
-
-    @property
-    def name(self) -> str:
-        """Its qualified name."""
-        return self.terms[0].name
-
-    @property
-    def off(self) -> bool:
-        """Whether the penalty does nothing to it at the present lambda."""
-        return all(term.off for term in self.terms)
+__all__ = ["MODES", "Mode"]
 
 
 class Mode(ABC):
@@ -48,20 +28,20 @@ class Mode(ABC):
         self.metric = metric
 
     @abstractmethod
-    def check(self, owned: Owned) -> None:
+    def check(self, bundle: Bundle) -> None:
         """Raise `ValueError` where the penalty on this parameter has not what the mode needs."""
 
-    def before_reevaluation(self, active: list[Owned]) -> None:  # noqa: B027  most have nothing to do
+    def before_reevaluation(self, active: list[Bundle]) -> None:  # noqa: B027  most have nothing to do
         """Before a closure evaluates the model again, the parameters having moved."""
 
-    def after_backward(self, active: list[Owned], first: bool) -> None:  # noqa: B027
+    def after_backward(self, active: list[Bundle], first: bool) -> None:  # noqa: B027
         """After the gradients are there, for the first time in the step or again, and before the update."""
 
-    def added_to_loss(self, active: list[Owned]) -> Tensor | float:
+    def added_to_loss(self, active: list[Bundle]) -> Tensor | float:
         """What the objective has beyond what a closure returned."""
         return 0.0
 
-    def after_update(self, active: list[Owned]) -> None:  # noqa: B027
+    def after_update(self, active: list[Bundle]) -> None:  # noqa: B027
         """After the wrapped optimizer has updated the parameters."""
 
 
@@ -70,72 +50,85 @@ class Coupled(Mode):
 
     wants_lr = False
 
-    def check(self, owned: Owned) -> None:
-        check_grad(owned.terms)
+    def check(self, bundle: Bundle) -> None:
+        check_grad(bundle.terms)
 
-    def after_backward(self, active: list[Owned], first: bool) -> None:
-        for owned in active:
-            if owned.parameter.grad.is_sparse and not owned.off:  # type: ignore[union-attr]
+    def after_backward(self, active: list[Bundle], first: bool) -> None:
+        active = [bundle for bundle in active if not bundle.off]
+        for bundle in active:
+            if any(map(attrgetter("is_sparse"), bundle.grads)):
+                name = next(terms[0].name for terms in bundle.each if terms[0].tensor.grad.is_sparse)  # type: ignore[union-attr]
                 raise ValueError(
-                    f"the gradient of {owned.name!r} is sparse, and the penalty's is not: use mode='decoupled' or "
+                    f"the gradient of {name!r} is sparse, and the penalty's is not: use mode='decoupled' or "
                     "mode='proximal', which act on all rows"
                 )
-        add_grads_(
-            (term, -term.lam if owned.group.get("maximize") else term.lam)
-            for owned in active
-            for term in owned.terms
-            if not term.off
-        )
+        for bundle in active:
+            add_grad_(bundle, ascend=bool(bundle.group.get("maximize")))
 
-    def added_to_loss(self, active: list[Owned]) -> Tensor | float:
-        minimized = [term for owned in active if not owned.group.get("maximize") for term in owned.terms]
-        maximized = [term for owned in active if owned.group.get("maximize") for term in owned.terms]
-        value: Tensor | float = losses.total(minimized) if minimized else 0.0
-        return value - losses.total(maximized) if maximized else value
+    def added_to_loss(self, active: list[Bundle]) -> Tensor | float:
+        value: Tensor | float = 0.0
+        for maximize in (False, True):
+            work = [bundle for bundle in active if bool(bundle.group.get("maximize")) == maximize]
+            if work:
+                value = value - losses.total(work) if maximize else value + losses.total(work)
+        return value
 
 
 class Decoupled(Mode):
     """`w -= lr * lam * subgradient`, stopping at zero, before the update."""
 
-    def check(self, owned: Owned) -> None:
-        check_grad(owned.terms)
-        for term in owned.terms:
+    def check(self, bundle: Bundle) -> None:
+        check_grad(bundle.terms)
+        for term in bundle.terms:
             if not term.kind.separable:
                 raise ValueError(
                     f"{type(term.kind).__name__} is no sum over elements or groups that could stop at zero; use it in "
                     "the loss, or with mode='coupled'"
                 )
 
-    def after_backward(self, active: list[Owned], first: bool) -> None:
-        if first:
-            decay_((owned.terms, Step(owned.group["lr"])) for owned in active)
+    def after_backward(self, active: list[Bundle], first: bool) -> None:
+        for bundle in active if first else []:
+            decay_(bundle, bundle.group["lr"])
 
 
 class Proximal(Mode):
     """`w = prox(w, s*lam)` after the update."""
 
-    def check(self, owned: Owned) -> None:
+    def check(self, bundle: Bundle) -> None:
         per_coordinate = differs_by_coordinate(self.optimizer, self.metric)
-        check_prox(owned.terms, per_coordinate)
-        if per_coordinate and owned.parameter.is_complex():
+        check_prox(bundle.terms, per_coordinate)
+        if per_coordinate and bundle.tensors[0].is_complex():
             raise ValueError(
-                f"parameter {owned.name!r} is complex, and {type(self.optimizer).__name__} takes other steps for its "
-                "real than for its imaginary part; use metric='euclidean'"
+                f"parameter {bundle.terms[0].name!r} is complex, and {type(self.optimizer).__name__} takes other steps "
+                "for its real than for its imaginary part; use metric='euclidean'"
             )
 
-    def step_of(self, owned: Owned) -> Step:
-        """The optimizer's own step, in its metric."""
-        step = step_of(self.optimizer, owned.parameter, owned.group, self.metric)
-        if callable(self.metric) and isinstance(step.size, Tensor) and step.size.ndim:
-            check_prox(owned.terms, per_coordinate=True)  # known only now
-        return step
+    def steps_of(self, bundle: Bundle) -> list[Step | RootStep]:
+        """The optimizer's own step for each tensor, in its metric."""
+        steps = steps_of(self.optimizer, bundle.tensors, bundle.group, self.metric)
+        if callable(self.metric):
+            for terms, step in zip(bundle.each, steps, strict=True):
+                if isinstance(step.size, Tensor) and step.size.ndim:
+                    check_prox(terms, per_coordinate=True)  # known only now
+        return steps
 
-    def prox_step(self, owned: Owned) -> float | Tensor:
-        """What multiplies lambda in the prox that comes after this update."""
-        return self.step_of(owned).size
+    def prox_steps(self, bundle: Bundle) -> list[float | Tensor]:
+        """What multiplies lambda in the prox that comes after this update, for each tensor."""
+        return [step.size for step in self.steps_of(bundle)]
 
-    def after_update(self, active: list[Owned]) -> None:
-        prox_((owned.terms, self.step_of(owned)) for owned in active if not owned.off)
+    def after_update(self, active: list[Bundle]) -> None:
+        for bundle in active:
+            if bundle.off:
+                continue
+            steps = self.steps_of(bundle)
+            roots = [step for step in steps if isinstance(step, RootStep)]
+            if roots and bundle.shrinks and bundle.coefficients[1] == 0:
+                moments = [step.moment for step in roots]
+                numerators, eps = quotients(roots)
+                numerators *= bundle.coefficients[0]
+                multi_tensor.soft_threshold_each_(bundle.tensors, moments, numerators, eps, roots[0].cap)
+            else:
+                prox_(bundle, steps)
 
 
 class Dual(Proximal):
@@ -146,34 +139,43 @@ class Dual(Proximal):
         self.left: dict[int, Tensor] = {}  # the fingerprint of what the last step left in each parameter
         self.moved: dict[int, Tensor] = {}  # the latent weights, while a closure looks at the visible ones
 
-    def before_reevaluation(self, active: list[Owned]) -> None:
-        for owned in active:
-            if not owned.off:
-                self.moved[id(owned.parameter)] = owned.parameter.detach().clone()
-                owned.parameter.copy_(dual.visible(owned.terms, self.optimizer.state[owned.parameter]))
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "left": {}, "moved": {}}  # in a copy the same ids may mean other tensors
 
-    def after_backward(self, active: list[Owned], first: bool) -> None:
-        for owned in active:
-            if owned.off:
-                continue
-            key = id(owned.parameter)
+    def before_reevaluation(self, active: list[Bundle]) -> None:
+        for terms, parameter in _singly(active):
+            self.moved[id(parameter)] = parameter.detach().clone()
+            parameter.copy_(dual.visible(terms, self.optimizer.state[parameter]))
+
+    def after_backward(self, active: list[Bundle], first: bool) -> None:
+        for _, parameter in _singly(active):
+            key = id(parameter)
             if first:
-                dual.to_latent(owned.parameter, self.optimizer.state.get(owned.parameter, {}), self.left.get(key))
+                dual.to_latent(parameter, self.optimizer.state.get(parameter, {}), self.left.get(key))
             else:
-                owned.parameter.copy_(self.moved.pop(key))
+                parameter.copy_(self.moved.pop(key))
 
-    def prox_step(self, owned: Owned) -> float | Tensor:
-        size: float | Tensor = self.optimizer.state[owned.parameter].get(dual.STEPS, 0.0) + super().prox_step(owned)
-        return size
+    def prox_steps(self, bundle: Bundle) -> list[float | Tensor]:
+        sizes = super().prox_steps(bundle)
+        sums = [self.optimizer.state[w].get(dual.STEPS, 0.0) for w in bundle.tensors]
+        return [so_far + size for so_far, size in zip(sums, sizes, strict=True)]
 
-    def after_update(self, active: list[Owned]) -> None:
-        for owned in active:
-            state = self.optimizer.state[owned.parameter]
-            if owned.off:
-                dual.forget(state)
-                continue
-            dual.to_visible(owned.terms, state, self.step_of(owned))
-            self.left[id(owned.parameter)] = dual.fingerprint(owned.parameter)
+    def after_update(self, active: list[Bundle]) -> None:
+        for bundle in active:
+            for terms, parameter, step in zip(bundle.each, bundle.tensors, self.steps_of(bundle), strict=True):
+                state = self.optimizer.state[parameter]
+                if bundle.off:
+                    dual.restart(parameter, state, Step(step.size, step.cap))
+                    continue
+                dual.to_visible(terms, state, Step(step.size, step.cap))
+                self.left[id(parameter)] = dual.fingerprint(parameter)
+
+
+def _singly(active: list[Bundle]) -> Iterator[tuple[list[Term], Tensor]]:
+    """The terms of each tensor, and the tensor, where they do anything."""
+    for bundle in active:
+        if not bundle.off:
+            yield from zip(bundle.each, bundle.tensors, strict=True)
 
 
 MODES: dict[str, type[Mode]] = {"coupled": Coupled, "decoupled": Decoupled, "dual": Dual, "proximal": Proximal}

@@ -1,83 +1,270 @@
 """One operation over many tensors at once, in pieces that fit the cache, with no copy of them all.
 
-Large tensors go through in chunks, small ones are packed together; nothing here reads a value back from the device.
+`packs` says which tensors go together: large ones alone, in chunks, and small ones in packs. All else here takes the
+tensors of one pack. Nothing reads a value back from the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from .functional import soft_threshold
 from .groups import working_dtype
 from .sharding import local
 
-__all__ = ["add_", "add_sign_", "mul_", "soft_threshold_", "total"]
+__all__ = [
+    "add_",
+    "add_with_total_",
+    "gradients",
+    "mul_",
+    "packs",
+    "soft_threshold_",
+    "soft_threshold_each_",
+    "total",
+]
 
-CPU_CHUNK = 1 << 18  # elements: 1 MiB of float32, within the second-level cache
-CUDA_CHUNK = 1 << 24  # elements: enough to keep the device busy, 64 MiB of float32
+
+@dataclass(frozen=True)
+class Sizes:
+    """In elements.
+
+    Attributes:
+        small: the most of a tensor that goes together with others.
+        pack: the most of these together.
+        chunk: of the pieces of larger ones.
+    """
+
+    small: int
+    pack: int
+    chunk: int
+
+
+CPU = Sizes(small=1 << 15, pack=1 << 16, chunk=1 << 18)  # a chunk of float32 is 1 MiB, within the second-level cache
+CUDA = Sizes(small=1 << 21, pack=1 << 24, chunk=1 << 24)  # enough to keep the device busy
+
+ROW = 1 << 9  # elements that a norm in float32 may sum one after the other
+
+Scalar = float | Tensor  # a number or a 0-dim tensor
+
+
+def packs(ws: Sequence[Tensor]) -> list[list[int]]:
+    """The indices of the tensors that go together: one large tensor, or small ones of one type, dtype and device."""
+    if torch.compiler.is_compiling():  # the compiler makes its own
+        return [[i] for i in range(len(ws))]
+    found: list[list[int]] = []
+    open_packs: dict[Any, list[int]] = {}
+    room: dict[Any, int] = {}
+    for i, w in enumerate(ws):
+        size, sizes = w.numel(), _sizes(w)
+        kind = (type(w), w.dtype, w.device)
+        if not 0 < size <= sizes.small:
+            found.append([i])
+        elif size <= room.get(kind, 0):
+            open_packs[kind].append(i)
+            room[kind] -= size
+        else:
+            open_packs[kind] = [i]
+            room[kind] = sizes.pack - size
+            found.append(open_packs[kind])
+    return found
 
 
 def total(ws: Sequence[Tensor], linear: float, quadratic: float) -> Tensor:
     """`sum (linear*|w| + quadratic*w^2)` over all elements, 0-dim, accumulated in float32 at least."""
-    sums = []
-    for piece in _pieces(ws):
-        x = _joined(piece)
-        x = x.to(working_dtype(x.dtype))
-        if linear or not quadratic:
-            sums.append(linear * x.abs().sum())
+    return _sum([_total(some, linear, quadratic) for (some,) in _pieces(ws)])
+
+
+def gradients(ws: Sequence[Tensor], linear: Tensor | None, quadratic: Tensor | None) -> list[Tensor]:
+    """`linear * sign(w) + 2 * quadratic * w` in new tensors and no others; the factors 0-dim or None, not both None."""
+    if linear is None:
+        return list(torch._foreach_mul(ws, 2 * quadratic))  # type: ignore[operator, call-overload]
+    signs = list(torch._foreach_sign(list(ws)))
+    torch._foreach_mul_(signs, linear)
+    if quadratic is not None:
+        for sign, w in zip(signs, ws, strict=True):
+            sign.addcmul_(w, 2 * quadratic)
+    return signs
+
+
+def add_(grads: Sequence[Tensor], ws: Sequence[Tensor], linear: float, quadratic: float) -> None:
+    """`grad += linear * sign(w) + 2 * quadratic * w`."""
+    if not linear:
+        _add_(_local(grads), _local(ws), 2 * quadratic)
+        return
+    for some_ws, some_grads, signs in _with_signs(ws, grads):
+        _add_(some_grads, signs, linear)
         if quadratic:
-            sums.append(quadratic * x.square().sum())
-    return torch.stack(sums).sum()
+            _add_(some_grads, some_ws, 2 * quadratic)
 
 
-def add_(grads: Sequence[Tensor], ws: Sequence[Tensor], alpha: float) -> None:
-    """`grad += alpha * w`."""
-    torch._foreach_add_([local(g) for g in grads], [local(w) for w in ws], alpha=alpha)
+def add_with_total_(grads: Sequence[Tensor], ws: Sequence[Tensor], linear: float, quadratic: float) -> Tensor:
+    """`add_`, and `total` of the same from one pass."""
+    values = []
+    if linear or not quadratic:
+        for some_ws, some_grads, signs in _with_signs(ws, grads):
+            _add_(some_grads, signs, linear)
+            torch._foreach_mul_(signs, some_ws)  # |w|
+            values.append(linear * _wide(signs).sum())
+    if quadratic:
+        for some_ws, some_grads in _pieces(ws, grads):
+            values.append(quadratic * _sum_of_squares(_wide(some_ws)))
+            _add_(some_grads, some_ws, 2 * quadratic)
+    return _sum(values)
 
 
-def add_sign_(grads: Sequence[Tensor], ws: Sequence[Tensor], alpha: float) -> None:
-    """`grad += alpha * sign(w)`."""
-    for g, w in zip(grads, ws, strict=True):
-        local(g).add_(local(w).sign(), alpha=alpha)
+def mul_(ws: Sequence[Tensor], factor: Scalar) -> None:
+    """`w *= factor`."""
+    if not isinstance(factor, Tensor) and len(ws) > 1 and ws[0].device.type == "cpu":
+        factor = torch.tensor(factor, dtype=torch.float64)  # as exact; a number takes twice as long on small tensors
+    torch._foreach_mul_(_local(ws), factor)
 
 
-def mul_(ws: Sequence[Tensor], factor: float | Tensor) -> None:
-    """`w *= factor`, a number or a 0-dim tensor."""
-    torch._foreach_mul_([local(w) for w in ws], factor)
+def soft_threshold_(ws: Sequence[Tensor], t: Scalar) -> None:
+    """`w = sign(w) * max(|w| - t, 0)`."""
+    if _shrinks_in_place(ws, t):
+        for w in _local(ws):
+            torch._C._nn.softshrink(w, t, out=w)  # type: ignore[call-arg, arg-type]
+    else:
+        for (some,) in _pieces(ws):
+            _soft_threshold_(some, t)
 
 
-def soft_threshold_(ws: Sequence[Tensor], t: float | Tensor) -> None:
-    """`w = sign(w) * max(|w| - t, 0)`, `t` a number or a 0-dim tensor."""
-    for w in ws:
-        x = local(w)
-        if isinstance(t, Tensor):
-            x.copy_(soft_threshold(x, t))
-        else:
-            torch.ops.aten.softshrink.out(x, t, out=x)
+def soft_threshold_each_(
+    ws: Sequence[Tensor], moments: Sequence[Tensor], numerators: Tensor, eps: Tensor, cap: Scalar
+) -> None:
+    """`w = sign(w) * max(|w| - t, 0)` with `t = min(numerator / (sqrt(moment) + eps), cap)` for each element.
+
+    Args:
+        ws: the tensors.
+        moments: of their shapes.
+        numerators: an element for each tensor.
+        eps: an element for each tensor, not 0 where the numerator is.
+        cap: the largest threshold.
+    """
+    ws = _local(ws)
+    spread = ([x.expand_as(w) for x, w in zip(xs.unbind(), ws, strict=True)] for xs in (numerators, eps))
+    for some_ws, *others in _pieces(ws, moments, *spread):
+        v, numerator, e = map(_wide, others)
+        t = v.sqrt().add_(e)
+        _soft_threshold_(some_ws, torch.div(numerator, t, out=t).clamp_max_(cap))
 
 
-def _pieces(ws: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Flat pieces of at most a chunk: one chunk of a large tensor, or several small tensors of one kind."""
-    packs: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    packed: dict[tuple[torch.device, torch.dtype], int] = {}
-    for w in ws:
-        flat = local(w).reshape(-1)
-        chunk = CUDA_CHUNK if flat.is_cuda else CPU_CHUNK
-        if flat.numel() * 2 > chunk:
-            for part in flat.split(chunk):
-                yield [part]
+def _total(some: list[Tensor], linear: float, quadratic: float) -> Tensor:
+    x = _wide(some)
+    if not quadratic:
+        return linear * x.abs().sum()
+    squares = quadratic * _sum_of_squares(x)
+    return squares + linear * x.abs().sum() if linear else squares
+
+
+def _with_signs(
+    ws: Sequence[Tensor], grads: Sequence[Tensor]
+) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
+    """`_pieces`, and the signs of the first, in memory that the next piece uses again."""
+    buffer = None
+    for some_ws, some_grads in _pieces(ws, grads):
+        if len(some_ws) > 1 or torch.compiler.is_compiling():
+            yield some_ws, some_grads, list(torch._foreach_sign(some_ws))
             continue
-        kind = (flat.device, flat.dtype)
-        if packed.get(kind, 0) + flat.numel() > chunk:
-            yield packs.pop(kind)
-            packed[kind] = 0
-        packs.setdefault(kind, []).append(flat)
-        packed[kind] = packed.get(kind, 0) + flat.numel()
-    yield from packs.values()
+        if buffer is None or buffer.shape != some_ws[0].shape:
+            buffer = torch.empty_like(some_ws[0])
+        yield some_ws, some_grads, [torch.sign(some_ws[0], out=buffer)]
 
 
-def _joined(piece: list[Tensor]) -> Tensor:
-    return piece[0] if len(piece) == 1 else torch.cat(piece)
+def _add_(xs: list[Tensor], ys: list[Tensor], alpha: float) -> None:
+    if len(xs) == 1:
+        xs[0].add_(ys[0], alpha=alpha)
+    else:
+        torch._foreach_add_(xs, ys, alpha=alpha)
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    """By norms of rows that are short enough for float32: no temporary."""
+    rows = x.numel() // ROW
+    if not rows or not x.is_contiguous():
+        return x.square().sum()
+    flat = x.view(-1)
+    squares: Tensor = torch.linalg.vector_norm(flat[: rows * ROW].view(rows, ROW), dim=1).square().sum()
+    if rows * ROW < len(flat):
+        squares = squares + flat[rows * ROW :].square().sum()
+    return squares
+
+
+def _sum(values: list[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(values).sum()
+
+
+def _shrinks_in_place(ws: Sequence[Tensor], t: Scalar) -> bool:
+    """Whether softshrink, which writes no temporary, is right and best.
+
+    In half precision it rounds the threshold, compiled it turns NaN into 0; on CUDA small tensors need fewer launches.
+    """
+    exact = ws[0].dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
+    return exact and not isinstance(t, Tensor) and (len(ws) == 1 or not ws[0].is_cuda)
+
+
+def _soft_threshold_(some: list[Tensor], t: Scalar) -> None:
+    w = _joined(some)
+    x = w.to(working_dtype(w.dtype))
+    clamped = torch.clamp(x, -t, t)  # type: ignore[arg-type]  # both numbers, or both tensors
+    if x is w:
+        torch._foreach_sub_(some, _parted(clamped, some))
+    else:
+        torch._foreach_copy_(some, _parted(x.sub_(clamped), some))
+
+
+def _pieces(*lists: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
+    """Corresponding pieces of lists of tensors of the same shapes: chunks of single ones, or all of a pack."""
+    parts = tuple(map(_local, lists))
+    if len(parts[0]) > 1 or torch.compiler.is_compiling():
+        yield parts
+    else:
+        for chunks in _chunks(*(x for (x,) in parts)):
+            yield tuple([chunk] for chunk in chunks)
+
+
+def _chunks(w: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape, cut alike, whatever their strides: along dim 0, if its rows fit a chunk."""
+    size, chunk = w.numel(), _sizes(w).chunk
+    if size <= chunk:
+        return iter([(w, *others)])
+    if all(x.is_contiguous() for x in (w, *others)):
+        return zip(*(x.view(-1).split(chunk) for x in (w, *others)), strict=True)
+    dim = 0 if size // len(w) <= chunk else max(range(w.ndim), key=w.size)
+    rows = max(1, chunk * w.shape[dim] // size)
+    return zip(*(x.split(rows, dim) for x in (w, *others)), strict=True)
+
+
+def _sizes(w: Tensor) -> Sizes:
+    return CUDA if w.is_cuda else CPU
+
+
+def _local(ws: Sequence[Tensor]) -> list[Tensor]:
+    """The parts of the tensors of a pack that lie on this rank."""
+    return list(map(local, ws)) if local(ws[0]) is not ws[0] else list(ws)
+
+
+def _joined(some: Sequence[Tensor]) -> Tensor:
+    """A tensor as it is, or several as one."""
+    if len(some) == 1:
+        return some[0]
+    if torch._C._are_functorch_transforms_active():  # which know no more than this
+        return torch.cat([x.reshape(-1) for x in some])
+    joined: Tensor = _flatten_dense_tensors(some)
+    return joined
+
+
+def _wide(some: Sequence[Tensor]) -> Tensor:
+    """`_joined`, in float32 at least."""
+    x = _joined(some)
+    return x.to(working_dtype(x.dtype))
+
+
+def _parted(x: Tensor, some: list[Tensor]) -> list[Tensor]:
+    """Takes apart again what `_joined` put together."""
+    return [x] if len(some) == 1 else list(_unflatten_dense_tensors(x, some))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -14,9 +15,9 @@ from torch.optim import Optimizer
 from . import dual
 from .frozen import FROZEN, FrozenZeros, all_zero
 from .metric import Metric, why_not
-from .modes import MODES, Owned, Proximal
+from .modes import MODES, Proximal
 from .penalty import Penalty, Sum
-from .terms import Term, by_tensor
+from .terms import Bundle, Term, bundles
 
 __all__ = ["RegularizedOptimizer"]
 
@@ -80,6 +81,8 @@ class RegularizedOptimizer(Optimizer):
         self._mode = MODES[mode](optimizer, metric)
         self._zeros = FrozenZeros()
         self._stepped: set[int] = set()
+        self._known: list[Any] = []  # what `_bundles` was made of
+        self._bundles: list[Bundle] = []
         self._check()
         for part in self.penalty.parts:
             part.seen["in_loss"] = False  # a loss that it was in before has nothing to do with this optimizer
@@ -94,7 +97,7 @@ class RegularizedOptimizer(Optimizer):
         for pre_hook in self._optimizer_step_pre_hooks.values():
             call = pre_hook(self, *call) or call
         (_, closure), _ = call
-        active: list[Owned] = []
+        active: list[Bundle] = []
         if closure is None:
             self._after_backward(active)
             result = self.optimizer.step()
@@ -116,7 +119,7 @@ class RegularizedOptimizer(Optimizer):
         weights; in the dual mode the visible weights are what goes on. A parameter that is zero everywhere and was not
         stepped yet, such as a LoRA matrix before training, is left free. It travels in `state_dict()`.
         """
-        penalized = {id(owned.parameter) for owned in self._owned()}
+        penalized = {id(parameter) for bundle in self._owned() for parameter in bundle.tensors}
         for group in self.param_groups:
             group[FROZEN] = []
             for index, parameter in enumerate(group["params"]):
@@ -145,10 +148,14 @@ class RegularizedOptimizer(Optimizer):
             its prox; None where there will be none.
         """
         for owned in self._owned():
-            steps = owned.parameter.grad is not None and FROZEN not in owned.group
-            yield owned.terms, self._mode.prox_step(owned) if steps and isinstance(self._mode, Proximal) else None
+            active = owned.with_grads() if FROZEN not in owned.group else None
+            steps: dict[int, float | Tensor] = {}
+            if active is not None and isinstance(self._mode, Proximal):
+                steps = dict(zip(map(id, active.tensors), self._mode.prox_steps(active), strict=True))
+            for terms, parameter in zip(owned.each, owned.tensors, strict=True):
+                yield terms, steps.get(id(parameter))
 
-    def _regularized(self, closure: Callable[[], Any], active: list[Owned]) -> Callable[[], Any]:
+    def _regularized(self, closure: Callable[[], Any], active: list[Bundle]) -> Callable[[], Any]:
         first = True
 
         def regularized() -> Any:
@@ -156,6 +163,7 @@ class RegularizedOptimizer(Optimizer):
             if not first:
                 with torch.no_grad():
                     self._mode.before_reevaluation(self._penalized(active))
+                    self._zeros.hold(self._frozen())
             loss = closure()
             self._after_backward(active, first)
             first = False
@@ -165,16 +173,17 @@ class RegularizedOptimizer(Optimizer):
         return regularized
 
     @torch.no_grad()
-    def _after_backward(self, active: list[Owned], first: bool = True) -> None:
-        active[:] = [owned for owned in self._owned() if owned.parameter.grad is not None]
-        self._stepped.update(id(owned.parameter) for owned in active)
+    def _after_backward(self, active: list[Bundle], first: bool = True) -> None:
+        active[:] = [bundle for owned in self._owned() if (bundle := owned.with_grads()) is not None]
+        for bundle in active:
+            self._stepped.update(map(id, bundle.tensors))
         for parameter in self._frozen():
             self._zeros.silence(parameter, self.state.get(parameter, {}))
         self._mode.after_backward(self._penalized(active), first)
 
     @staticmethod
-    def _penalized(active: list[Owned]) -> list[Owned]:
-        return [owned for owned in active if FROZEN not in owned.group]
+    def _penalized(active: list[Bundle]) -> list[Bundle]:
+        return [bundle for bundle in active if FROZEN not in bundle.group]
 
     def _frozen(self) -> Iterator[Tensor]:
         """The parameters whose zeros are to hold, and that are in this step."""
@@ -183,32 +192,36 @@ class RegularizedOptimizer(Optimizer):
                 if group["params"][index].grad is not None:
                     yield group["params"][index]
 
-    def _owned(self) -> list[Owned]:
-        """The penalized parameters, with their param_groups.
+    def _owned(self) -> list[Bundle]:
+        """The penalized parameters, in bundles of one param_group each.
 
         Raises:
             ValueError: the optimizer does not own one of them.
         """
+        terms = self.penalty.terms()
+        known = [terms, *(x for group in self.param_groups for x in (group, *group["params"]))]
+        if len(known) == len(self._known) and all(map(operator.is_, known, self._known)):
+            return self._bundles
         owners = {id(tensor): group for group in self.param_groups for tensor in group["params"]}
-        work = by_tensor(self.penalty.terms())
-        foreign = [terms[0].name for terms in work if id(terms[0].tensor) not in owners]
+        foreign = dict.fromkeys(term.name for term in terms if id(term.tensor) not in owners)
         if foreign:
             raise ValueError(
                 f"the {type(self.optimizer).__name__} does not own these penalized parameters: {', '.join(foreign)}. "
                 "Give it penalty.restricted_to(optimizer), which is the same penalty on those that it owns"
             )
-        return [Owned(terms, owners[id(terms[0].tensor)]) for terms in work]
+        self._known, self._bundles = known, bundles(terms, owners)
+        return self._bundles
 
     def _check(self) -> None:
         name = type(self.optimizer).__name__
         every = self._owned()
-        for owned in every:
-            self._mode.check(owned)
-            if self._mode.wants_lr and "lr" not in owned.group:
+        for bundle in every:
+            self._mode.check(bundle)
+            if self._mode.wants_lr and "lr" not in bundle.group:
                 raise ValueError(
                     f"the param_groups of {name} have no 'lr', which mode={self.mode!r} needs; use mode='coupled'"
                 )
-        decaying = [owned.name for owned in every if owned.group.get("weight_decay")]
+        decaying = [terms[0].name for bundle in every if bundle.group.get("weight_decay") for terms in bundle.each]
         if decaying:
             warnings.warn(
                 f"{', '.join(decaying)}: penalized here, and by the weight_decay of {name} too (AdamW's default is "
@@ -292,12 +305,13 @@ class RegularizedOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # Hooks stay behind, as torch.optim's do, and the step that a scheduler has put on this object: it would still
         # be this object's.
-        bound = ("step", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+        bound = ("step", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks", "_known", "_bundles")
         return {name: value for name, value in self.__dict__.items() if name not in bound}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget_hooks()
+        self._known, self._bundles = [], []
 
     def _forget_hooks(self) -> None:
         self._optimizer_step_pre_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()

@@ -7,9 +7,11 @@ Loss term, gradient, proximal map and audit are written here once, for every kin
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import numbers
 from collections.abc import Iterable, Iterator, Mapping
+from operator import attrgetter, eq, is_
 from typing import Any, Literal
 
 import torch
@@ -20,7 +22,19 @@ from . import loss, sharding
 from .groups import Elements, Grouping, Groups, SingularValues, resolve, working_dtype
 from .selection import Params, Select, Slot, select_slots, spellings
 from .summary import summary_table
-from .terms import Term, add_grads_, by_tensor, check_grad, check_prox, distance, prox_
+from .terms import (
+    Bundle,
+    Step,
+    Term,
+    add_grad_,
+    add_grad_and_value_,
+    bundles,
+    by_tensor,
+    check_grad,
+    check_prox,
+    distance,
+    prox_,
+)
 
 __all__ = ["Penalty", "Sum"]
 
@@ -89,6 +103,7 @@ class Penalty(nn.Module):
             self.param_groups.append({**group, "lam": checked_lam(group.get("lam", default))})
             self._slots.append(select_slots(group["params"], group.get("select", select)))
         self._centered = False
+        self._found: _Found | None = None
         self.terms(frozen=True)  # raises where a parameter cannot be penalized so
         if center is not None:
             for slot, name, tensor, _, entry in self._entries("center", center):
@@ -149,6 +164,35 @@ class Penalty(nn.Module):
         Raises:
             ValueError: a parameter is in two groups, or does not fit the groups of its elements.
         """
+        if frozen or torch.compiler.is_compiling():
+            return self._find(frozen)
+        premises = self._premises()
+        if self._found is None or not self._found.holds(premises):
+            terms, places = self._find(frozen), self._places()
+            self._found = None if places is None else _Found(terms, premises, places)
+            return terms
+        return self._found.terms
+
+    def bundles(self) -> list[Bundle]:
+        """The terms, in the bundles that operations take at once."""
+        terms = self.terms()
+        if self._found is None or self._found.terms is not terms:
+            return bundles(terms)
+        self._found.bundles = self._found.bundles or bundles(terms)
+        return self._found.bundles
+
+    def _premises(self) -> list[Any]:
+        """What `terms` depends on, beside the parameters."""
+        return [self.groups, self.scale, *self.param_groups, *self._slots]
+
+    def _places(self) -> list[tuple[dict[str, Any], str]] | None:
+        """Where the parameters are found; None where `terms` depends on more than what is there."""
+        if type(self).factors is not Penalty.factors or sharding.stand_ins():
+            return None
+        places = [slot.place() for slots in self._slots for slot in slots]
+        return None if None in places else places  # type: ignore[return-value]
+
+    def _find(self, frozen: bool) -> list[Term]:
         seen: dict[int, int] = {}  # the index of the group that each is in
         found = []
         stand_ins = sharding.stand_ins()
@@ -193,23 +237,41 @@ class Penalty(nn.Module):
 
         It is float64 where any parameter is, else float32, on the first parameter's device; differentiable, twice too.
         """
-        terms = self.terms()
-        if terms:
-            return loss.total(terms)
+        work = self.bundles()
+        if work:
+            return loss.total(work)
         frozen = self.terms(frozen=True)
         dtypes = {working_dtype(term.tensor.dtype) for term in frozen}
         device = frozen[0].tensor.device if frozen else None
         return torch.zeros((), device=device, dtype=torch.float64 if torch.float64 in dtypes else torch.float32)
 
     @torch.no_grad()
-    def add_grad_(self) -> None:
+    def add_grad_(self, *, return_value: bool = False) -> Tensor | None:
         """`grad += lam * (sub)gradient`, in place, without autograd; a parameter whose `.grad` is None is passed over.
 
         Call it between `loss.backward()` and `optimizer.step()`, before clipping if the penalty is to be clipped too.
+
+        Args:
+            return_value: returns what `penalty()` does, if it can from the same pass over the weights.
         """
-        terms = [term for term in self.terms() if term.tensor.grad is not None]
-        check_grad(terms)
-        add_grads_([(term, term.lam) for term in terms if not term.off])
+        work = self.bundles()
+        for bundle in work:
+            check_grad(bundle.terms)
+        values: list[Tensor] = []
+        left: list[Bundle] = []  # whose value takes a pass of its own
+        for bundle in work:
+            active = bundle.with_grads()
+            if return_value and active is not None and active.sums_here and len(active.tensors) == len(bundle.tensors):
+                values.append(add_grad_and_value_(active))
+                continue
+            left.append(bundle)
+            if active is not None:
+                add_grad_(active)
+        if not return_value:
+            return None
+        if left:
+            values.append(loss.total(left))
+        return loss.together(values, work) if values else self()
 
     @torch.no_grad()
     def prox_(self, step: float | Tensor) -> None:
@@ -221,10 +283,11 @@ class Penalty(nn.Module):
         Raises:
             ValueError: the prox is not known in closed form.
         """
-        work = by_tensor(self.terms())
-        for terms in work:
-            check_prox(terms)
-        prox_((terms, (step, None)) for terms in work)
+        work = self.bundles()
+        for bundle in work:
+            check_prox(bundle.terms)
+        for bundle in work:
+            prox_(bundle, [Step(step)] * len(bundle.tensors))
 
     @torch.no_grad()
     def stationarity(self) -> Tensor:
@@ -305,8 +368,12 @@ class Penalty(nn.Module):
             for name, tensor in slot.read():
                 found.setdefault(id(tensor), (slot, name, tensor))
                 names.setdefault(id(tensor), []).extend([*spellings(name), *spellings(slot.name)])
-        if what == "weights" and (unknown := given.keys() - set().union(*names.values())):
-            raise ValueError(f"weights has {sorted(unknown)}, which the penalty does not hold")
+        if not initial:
+            known = set().union(*names.values())
+            unknown = sorted(key for key in given if known.isdisjoint(spellings(key)))
+            if unknown and what == "weights":
+                raise ValueError(f"weights has {unknown}, which the penalty does not hold")
+            given = {**{spellings(key)[-1]: entry for key, entry in given.items()}, **given}
         for key, (slot, name, tensor) in found.items():
             entry = tensor if initial else next((given[called] for called in names[key] if called in given), None)
             yield slot, name, tensor, self._grouping(slot, name, tensor), entry
@@ -321,6 +388,7 @@ class Sum(Penalty):
 
     def __init__(self, penalties: Iterable[Penalty]) -> None:
         nn.Module.__init__(self)
+        self._found = None
         self.penalties = nn.ModuleList(part for penalty in penalties for part in penalty.parts)
 
     get_extra_state = nn.Module.get_extra_state  # each part has its own
@@ -349,8 +417,13 @@ class Sum(Penalty):
         """The groups of all parts."""
         return [group for part in self.parts for group in part.param_groups]
 
-    def terms(self, *, frozen: bool = False) -> list[Term]:
-        """The terms of all parts."""
+    def _premises(self) -> list[Any]:
+        return [part.terms() for part in self.parts]
+
+    def _places(self) -> list[tuple[dict[str, Any], str]]:
+        return []
+
+    def _find(self, frozen: bool) -> list[Term]:
         return [term for part in self.parts for term in part.terms(frozen=frozen)]
 
     def restricted_to(self, optimizer: torch.optim.Optimizer) -> Penalty:
@@ -364,6 +437,41 @@ class Sum(Penalty):
     def extra_repr(self) -> str:
         """Nothing beside its parts."""
         return ""
+
+
+class _Found:
+    """What a penalty found, for as long as it would find the same: to look takes longer than a step on small tensors.
+
+    Args:
+        terms: what it found.
+        premises: what that depends on, beside the parameters.
+        places: where the parameters are.
+    """
+
+    ASKED = attrgetter("requires_grad"), attrgetter("dtype"), attrgetter("device")
+
+    def __init__(self, terms: list[Term], premises: list[Any], places: list[tuple[dict[str, Any], str]]) -> None:
+        self.terms = terms
+        self.bundles: list[Bundle] = []
+        self._premises = premises
+        self._dicts = [parameters for parameters, _ in places]
+        self._keys = [key for _, key in places]
+        self._parameters = list(map(dict.get, self._dicts, self._keys))
+        self._known = [list(map(get, self._parameters)) for get in self.ASKED]
+
+    def holds(self, premises: list[Any]) -> bool:
+        """Whether the same parameters are in the same places, and are to be judged as they were."""
+        now = list(map(dict.get, self._dicts, self._keys))
+        return (
+            len(premises) == len(self._premises)
+            and all(map(is_, premises, self._premises))
+            and all(map(is_, now, self._parameters))
+            and all(all(map(eq, map(get, now), known)) for get, known in zip(self.ASKED, self._known, strict=True))
+            and not any(map(hasattr, now, itertools.repeat("ds_id")))
+        )
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # a copy of a penalty looks for itself
 
 
 def checked_lam(lam: Any) -> float:
@@ -419,7 +527,7 @@ def _center_of(name: str, parameter: Tensor, entry: Tensor | None) -> Tensor:
         raise ValueError(f"center has nothing for parameter {name!r}")
     if entry.shape != parameter.shape:
         raise ValueError(f"center for {name!r} has shape {tuple(entry.shape)}, the parameter {tuple(parameter.shape)}")
-    return entry.detach().clone()
+    return entry.detach().to(parameter.device, copy=True)
 
 
 def _weights_of(name: str, parameter: Tensor, grouping: Grouping, entry: Tensor) -> Tensor:
@@ -432,4 +540,4 @@ def _weights_of(name: str, parameter: Tensor, grouping: Grouping, entry: Tensor)
         raise ValueError(f"weights for {name!r} have shape {tuple(entry.shape)}; allowed is {wanted}")
     if not bool((entry >= 0).all() & entry.isfinite().all()):
         raise ValueError(f"weights for {name!r} must be 0 or more and finite")
-    return entry.detach().clone().reshape(shape)
+    return entry.detach().to(parameter.device, copy=True).reshape(shape)

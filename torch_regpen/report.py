@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from .groups import working_dtype
+from .dead import zero_groups
+from .groups import Slices
 from .summary import aligned
 
 __all__ = ["load_tensors", "report"]
@@ -20,6 +22,10 @@ __all__ = ["load_tensors", "report"]
 HEADER = ("name", "shape", "elements", "zeros", "%", "near zeros", "norm", "zero rows", "zero columns", "sparse")
 NEAR = 1e-3  # of the root mean square of a tensor
 INDEX_BYTES = 4  # of a position in a compressed sparse row format
+CHUNK = 1 << 20  # elements that are looked at at once
+CONVERT = (
+    "make a file of the checkpoint with: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE"
+)
 
 
 def report(file: str | Path) -> str:
@@ -27,7 +33,8 @@ def report(file: str | Path) -> str:
 
     Elements; exact zeros; elements that are not zero but less than a thousandth of the tensor's root mean square; the
     norm; rows (dim 0) and columns (dim 1) that are all zero; and by how much a compressed sparse row format with 32-bit
-    positions would make it smaller, where it would.
+    positions would make it smaller, where it would. What cannot be counted, such as a tensor on the meta device, has
+    dashes. Files are mapped into memory, and may be larger than it.
 
     Args:
         file: written by `torch.save` or by safetensors; nothing in it is executed.
@@ -48,10 +55,16 @@ def load_tensors(file: str | Path) -> dict[str, Tensor]:
         ValueError: as `report`.
     """
     path = Path(file)
+    if path.is_dir():
+        sharded = (path / ".metadata").exists()
+        raise ValueError(f"{file}: it is a folder; {CONVERT if sharded else 'give a file in it'}")
+    if path.suffix == ".distcp":
+        raise ValueError(f"{file}: it is a part of a sharded checkpoint; {CONVERT}")
     try:
         with warnings.catch_warnings():  # what is wrong with a file is said once, in one line
             warnings.simplefilter("ignore")
             saved = _load(path)
+        tensors = dict(_tensors(saved))
     except FileNotFoundError:
         raise ValueError(f"{file}: there is no such file") from None
     except pickle.UnpicklingError:
@@ -63,9 +76,14 @@ def load_tensors(file: str | Path) -> dict[str, Tensor]:
     except Exception as error:  # whatever a file that is none of these makes a reader raise
         why = (str(error).splitlines() or [""])[0].split(". ")[0]
         raise ValueError(f"{file}: it cannot be read as a state dict ({type(error).__name__}: {why})") from None
-    tensors = dict(_tensors(saved))
     if not tensors:
         raise ValueError(f"{file}: it holds a {type(saved).__name__} without tensors, not a state dict")
+    parts = [name for name, tensor in tensors.items() if isinstance(tensor, DTensor)]
+    if parts:
+        raise ValueError(
+            f"{file}: it holds one rank's part of sharded tensors ({parts[0]}, ...); save the whole with "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict and full_state_dict=True"
+        )
     return tensors
 
 
@@ -90,33 +108,51 @@ def _tensors(saved: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _row(name: str, tensor: Tensor) -> tuple[tuple[str, ...], tuple[int, int, int, int]]:
-    w = tensor.to_dense() if tensor.layout != torch.strided else tensor
-    elements, zeros = w.numel(), int((w == 0).sum())
-    size = w.abs().to(working_dtype(w.dtype))
-    norm = float(size.square().sum(dtype=torch.float64).sqrt())
-    near = int(((size < NEAR * norm / math.sqrt(max(elements, 1))) & (size > 0)).sum())
+    shape, elements = "-", 0
+    try:
+        shape, elements = str(tuple(tensor.shape)), tensor.numel()
+        w = _plain(tensor)
+        zeros, near, norm = _sizes(w)
+        dead = (_zero_slices(w, 0), _zero_slices(w, 1))
+    except RuntimeError:  # of types that torch has no arithmetic for: nested, on no device, some of 4 bits
+        return (name, shape, f"{elements}", *["-"] * (len(HEADER) - 3)), (0, 0, 0, 0)
     dense = elements * w.element_size()
     rows = w.shape[0] if w.ndim > 1 else 1
     sparse = min((elements - zeros) * (w.element_size() + INDEX_BYTES) + (rows + 1) * INDEX_BYTES, dense)
-    cells = (
-        name,
-        str(tuple(w.shape)),
-        f"{elements}",
-        f"{zeros}",
-        _percent(zeros, elements),
-        f"{near}",
-        f"{norm:.4g}",
-        _zero_slices(w, 0),
-        _zero_slices(w, 1),
-        _ratio(dense, sparse),
-    )
-    return cells, (elements, zeros, dense, sparse)
+    numbers = (f"{elements}", f"{zeros}", _percent(zeros, elements), f"{near}", f"{norm:.4g}")
+    return (name, shape, *numbers, *dead, _ratio(dense, sparse)), (elements, zeros, dense, sparse)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor as a dense one."""
+    if tensor.is_quantized:
+        return tensor.dequantize()
+    return tensor if tensor.layout == torch.strided else tensor.to_dense()
+
+
+def _sizes(w: Tensor) -> tuple[int, int, float]:
+    """How many elements are exactly zero, and near zero; and the norm."""
+    zeros, squares = 0, 0.0
+    for x in _chunks(w):
+        zeros, squares = zeros + int((x == 0).sum()), squares + float(x.dot(x))
+    norm = math.sqrt(squares)
+    limit = NEAR * norm / math.sqrt(max(w.numel(), 1))
+    near = sum(int((x < limit).sum()) for x in _chunks(w)) - zeros if 0 < limit < math.inf else 0
+    return zeros, near, norm
+
+
+def _chunks(w: Tensor) -> Iterator[Tensor]:
+    """The moduli of the elements, in float64, part by part: a file may be larger than memory."""
+    flat = w.detach().reshape(-1)
+    for start in range(0, flat.numel(), CHUNK):
+        x = flat[start : start + CHUNK]
+        yield x.to(torch.complex128).abs() if x.is_complex() else x.to(torch.float64).abs()
 
 
 def _zero_slices(w: Tensor, dim: int) -> str:
     if w.ndim < 2 or not w.numel():
         return "-"
-    dead = (w == 0).transpose(0, dim).flatten(1).all(dim=1)
+    dead = zero_groups(w, Slices(dim))
     return f"{int(dead.sum())}/{len(dead)}"
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,14 +19,15 @@ from .terms import Term, by_tensor, prox
 __all__ = ["CosineRamp", "LamScheduler", "LinearRamp", "TargetSparsity"]
 
 
-# What TargetSparsity needs, on the logarithm of lambda, found by trial on small networks under SGD with momentum and Adam:
-# the most that lambda may change from one reading to the next; for the feedback also the gain on the error, the damping
-# by its trend, and the part of lambda from which it starts.
-FASTEST = math.log(1.2)
+# What TargetSparsity needs, found by trial on small networks under SGD with momentum and Adam: the part of a first
+# guess from which lambda starts, and the most by which its logarithm changes from one reading to the next. Of the
+# feedback: the start, the gain on the error, the damping by its trend, and the most that changes.
+START = 0.1
+FASTEST = math.log2(1.2)
+FEEDBACK_START = 1e-4
 GAIN = 0.1
 DAMPING = 1.0
-FASTEST_FEEDBACK = math.log(3.0)
-SMALL = 1e-4
+FEEDBACK_FASTEST = math.log(3.0)
 
 
 class LamScheduler:
@@ -145,7 +147,7 @@ class TargetSparsity:
         if not any(_zeroes(term) for term in self.penalty.terms()):
             raise ValueError(f"{self.penalty!r} zeroes nothing; L2 only shrinks")
         self.last_step = 0
-        self.factor = SMALL
+        self.factor = FEEDBACK_START
         self.sparsity = 0.0
         self._set()
         if self.optimizer is not None:
@@ -184,27 +186,49 @@ class TargetSparsity:
         error = _logit(wanted) - _logit(measured)
         trend = (_logit(measured) - _logit(self.sparsity)) - (_logit(wanted) - _logit(now))
         change = GAIN * error - DAMPING * trend
-        self.factor *= math.exp(min(max(change, -FASTEST_FEEDBACK), FASTEST_FEEDBACK))
+        self.factor *= math.exp(min(max(change, -FEEDBACK_FASTEST), FEEDBACK_FASTEST))
         self.sparsity = measured
 
     @torch.no_grad()
     def _read_off(self, *_: Any) -> None:
-        """Bisect for the factor at which the prox that is about to come leaves the wanted fraction of zeros."""
+        """Find the factor at which the prox that is about to come leaves the wanted fraction of zeros."""
         if not self._due or self.optimizer is None:
             return
-        self._due = False  # until the next step(): a closure may have the optimizer step more than once
+        self._due = False
         work = [(terms, step) for terms, step in self.optimizer.before_prox() if any(map(_zeroes, terms))]
         _scale(self.penalty, self.base, 1.0)
-        anywhere = self.optimizer.mode == "dual" or self.last_step < self.every
-        middle, reach = (0.0, 40.0) if anywhere else (math.log2(self.factor), FASTEST / math.log(2))
-        low, high = torch.tensor(middle - reach), torch.tensor(middle + reach)
-        for _ in range(30 if anywhere else 10):
-            guess = (low + high) / 2
-            after = [(terms, terms[0].tensor if step is None else prox(terms, step * guess.exp2())) for terms, step in work]
-            enough = _zero_fraction(after) >= self._wanted(self.last_step + 1)
-            low, high = torch.where(enough, low, guess), torch.where(enough, guess, high)
-        self.factor = high.exp2().item()
+        if self.last_step < self.every and self.optimizer.mode != "dual":
+            # To begin with, all that is known is the gradient: at zero, it is what lambda holds the weights against.
+            descents = [(_at_zero(terms, step), step) for terms, step in work if step is not None]
+            self.factor = START * 2 ** _bisect(descents, self.target, -40, 40)
+        wanted = self._wanted(self.last_step + 1)
+        if self.optimizer.mode == "dual":
+            log2 = _bisect(work, wanted, -40, 40)
+        else:
+            log2 = _bisect(work, wanted, math.log2(self.factor) - FASTEST, math.log2(self.factor) + FASTEST)
+        self.factor = 2**log2
         _scale(self.penalty, self.base, self.factor)
+
+
+def _bisect(work: list[tuple[list[Term], Any]], wanted: float, low: float, high: float) -> float:
+    """The least `x` in an interval at which a prox with `2^x` times the steps leaves the wanted fraction of zeros.
+
+    All but the result stays on the device. Where there is none it is the upper end.
+    """
+    width, left = high - low, torch.tensor(low)
+    for _ in range(30 if width > 1 else 8):
+        width /= 2
+        factor = (left + width).exp2()
+        after = ((terms, terms[0].tensor if step is None else prox(terms, step * factor)) for terms, step in work)
+        left = torch.where(_zero_fraction(after) < wanted, left + width, left)
+    return left.item() + width
+
+
+def _at_zero(terms: list[Term], step: float | Tensor) -> list[Term]:
+    """The terms, as if the update had found the tensor at zero."""
+    grad: Any = terms[0].tensor.grad
+    moved = step * (grad.to_dense() if grad.is_sparse else grad)
+    return [replace(term, tensor=moved, center=None) for term in terms]
 
 
 def _zeroes(term: Term) -> bool:
@@ -212,7 +236,7 @@ def _zeroes(term: Term) -> bool:
     return term.linear > 0 or term.kind.coefficients is None
 
 
-def _zero_fraction(tensors: list[tuple[list[Term], Tensor]]) -> Tensor:
+def _zero_fraction(tensors: Iterable[tuple[list[Term], Tensor]]) -> Tensor:
     """The fraction of exact zeros among the elements (groups, for terms over groups) of all tensors, 0-dim."""
     zeros, count = torch.zeros(()), 0
     for terms, w in tensors:

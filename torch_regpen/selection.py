@@ -42,6 +42,8 @@ class Slot:
         self.owner = owner
         self.key = key
         self.tensor = tensor
+        # A tensor that never had a gradient is meant as it is; a parameter without one is frozen.
+        self.can_freeze = tensor is None or isinstance(tensor, nn.Parameter) or tensor.requires_grad
         self.select: Select | None = None  # what still has to judge a lazy parameter, once it has a shape
         self.registered: dict[str, weakref.ref[Tensor]] = {}  # the parameters that last stood here, by name,
         self.was_frozen: dict[str, bool] = {}  # and what is left of them where they are gone
@@ -63,6 +65,21 @@ class Slot:
             if self.select is None or self.matches(self.select, name, tensor):
                 yield name, tensor
 
+    def place(self) -> tuple[dict[str, Any], str] | None:
+        """The dict and the key by which the parameter is found, for as long as the same parameter is there.
+
+        None where more has to be looked at: where it has weights or a center, and while it is lazy, parametrized, or
+        replaced for a functional call.
+        """
+        if self.weights or self.centers:
+            return None
+        if self.owner is None:
+            return self.__dict__, "tensor"
+        parameters = self.owner._parameters
+        parameter = parameters.get(self.key)
+        simple = isinstance(parameter, nn.Parameter) and not isinstance(parameter, UninitializedParameter)
+        return (parameters, self.key) if simple and self.select is None else None
+
     def matches(self, select: Select, name: str, tensor: Tensor) -> bool:
         """Whether `select` means the parameter `tensor`, which stands here under the qualified `name`."""
         if callable(select):
@@ -78,7 +95,7 @@ class Slot:
     def frozen(self, name: str, tensor: Tensor) -> bool:
         """Whether the registered parameter is frozen, even where functorch has put another tensor in its place."""
         if self.owner is None:
-            return not tensor.requires_grad
+            return self.can_freeze and not tensor.requires_grad
         if isinstance(tensor, nn.Parameter):
             if not torch.compiler.is_compiling():
                 self.registered[name] = weakref.ref(tensor)

@@ -46,7 +46,8 @@ def placed_as(tensor: Tensor, parameter: Tensor) -> Tensor:
         tensor: a DTensor, or a plain tensor that is the same on every rank.
         parameter: the tensor beside which it is to stand.
     """
-    tensor = tensor.to(parameter.device)
+    if tensor.device != parameter.device:  # under a transform of torch.func, to() wraps what it returns unchanged
+        tensor = tensor.to(parameter.device)
     if not isinstance(parameter, DTensor):
         return everywhere(tensor)
     mesh = parameter.device_mesh

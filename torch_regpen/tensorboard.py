@@ -88,27 +88,16 @@ class WeightLogger:
                 'TensorBoard: pip install "torch_regpen[tensorboard]"), anything else with add_scalar and '
                 "add_histogram_raw, and None on ranks that do not write"
             )
-        if not isinstance(penalty_or_model, nn.Module):
-            raise TypeError(
-                f"penalty_or_model is a {type(penalty_or_model).__name__}; allowed are a penalty (of several, the sum "
-                "p + q) and an nn.Module"
-            )
         if not isinstance(every, int) or isinstance(every, bool):
             raise TypeError(f"every={every!r} is a {type(every).__name__}; allowed is an int, 1 or more")
         if every < 1:
             raise ValueError(f"every={every}; allowed is an int, 1 or more")
-        if select is not None and isinstance(penalty_or_model, Penalty):
-            raise ValueError(
-                f"select={select!r} beside a penalty: it chooses among a model's parameters, and a penalty has chosen. "
-                "Give the model, or a penalty on those that you mean"
-            )
         self.writer = writer
         self.source = penalty_or_model
         self.every = every
-        self.select: Select = "all" if select is None else select
+        self.select = select
         self._next = 0
-        if not isinstance(penalty_or_model, Penalty):
-            self._meant()  # raises where select matches nothing
+        self._meant()  # raises where there is something wrong with the source or with select
 
     @torch.no_grad()
     def step(self, global_step: int | None = None, *, loss: float | Tensor | None = None) -> None:
@@ -160,22 +149,17 @@ class WeightLogger:
 
     def _meant(self) -> dict[str, tuple[Tensor, Grouping | None]]:
         """The parameters that are meant now, by their names on the board, and the groups of each that may be dead."""
-        penalty = self.source if isinstance(self.source, Penalty) else None
-        groups: dict[int, Grouping] = {}
-        for term in penalty.terms() if penalty is not None else ():
-            if not isinstance(term.grouping, Elements):
-                groups.setdefault(id(term.tensor), term.grouping)
-        meant: dict[str, tuple[Tensor, Grouping | None]] = {}
-        seen: set[int] = set()
-        for place in places(self.source, self.select):
-            name, w, slot = place
-            if id(w) in seen or (penalty is not None and slot.frozen(name, w)):
-                continue
-            seen.add(id(w))
-            while name in meant:  # a sum may hold parameters of two models
-                name += "_"
-            meant[name] = w, groups.get(id(w), place.outputs if w.ndim > 1 else None)
-        return meant
+        found: dict[str, tuple[Tensor, Grouping | None]] = {
+            place.name: (place.tensor, place.outputs if place.tensor.ndim > 1 else None)
+            for place in places(self.source, self.select)
+        }
+        if not isinstance(self.source, Penalty):
+            return found
+        groups: dict[int, Grouping | None] = {}  # of those that are not frozen
+        for term in self.source.terms():
+            if groups.get(id(term.tensor)) is None:
+                groups[id(term.tensor)] = None if isinstance(term.grouping, Elements) else term.grouping
+        return {name: (w, groups[id(w)] or outputs) for name, (w, outputs) in found.items() if id(w) in groups}
 
 
 def _write(

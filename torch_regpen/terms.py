@@ -8,9 +8,10 @@ terms of a tensor at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from . import functional as F
 from . import multi_tensor
 from .groups import Elements, Grouping, NormGrouping, SingularValues, largest, working_dtype
-from .sharding import Part, on_parts
+from .sharding import Part, local, on_parts
 
 if TYPE_CHECKING:
     from .penalty import Penalty
@@ -89,7 +90,7 @@ class Term:
 
     @property
     def plain(self) -> bool:
-        """Whether it is `lam * (a*|w| + b*w^2)`, elementwise, on real numbers: what whole lists of tensors share."""
+        """Whether it is `lam * (a*|w| + b*w^2)`, elementwise, on real numbers."""
         return (
             self.kind.coefficients is not None
             and not self.grouped
@@ -124,81 +125,169 @@ def by_tensor(terms: Iterable[Term]) -> list[list[Term]]:
     return list(found.values())
 
 
-def add_grads_(weighted: Iterable[tuple[Term, float]]) -> None:
-    """`grad += alpha * (sub)gradient of Omega`, for each term and its `alpha`: lambda times factor, or its negative."""
-    signs: dict[float, list[Tensor]] = {}
-    squares: dict[float, list[Tensor]] = {}
-    for term, alpha in weighted:
-        w = term.tensor
-        if not term.plain:
-            w.grad.add_(_grad([term]), alpha=math.copysign(1.0, alpha))  # type: ignore[union-attr]
-            continue
-        if term.linear:
-            signs.setdefault(alpha * term.linear, []).append(w)
-        if term.quadratic:
-            squares.setdefault(2 * (alpha * term.quadratic), []).append(w)
-    for alpha, ws in squares.items():
-        multi_tensor.add_([w.grad for w in ws], ws, alpha)  # type: ignore[misc]
-    for alpha, ws in signs.items():
-        multi_tensor.add_sign_([w.grad for w in ws], ws, alpha)  # type: ignore[misc]
+def coefficients(terms: list[Term]) -> tuple[float, float]:
+    """`linear` and `quadratic` of plain terms of one tensor: together they are `linear*|w| + quadratic*w^2`."""
+    return sum(term.lam * term.linear for term in terms), sum(term.lam * term.quadratic for term in terms)
+
+
+@dataclass(slots=True, eq=False)
+class Bundle:
+    """What an operation takes at once: a tensor and all terms on it; or a pack of tensors with the same plain terms.
+
+    Attributes:
+        each: the terms of each tensor.
+        tensors: the tensors.
+        group: the param_group of the optimizer that owns them, where an optimizer asks.
+        grads: their gradients, in what `with_grads` returns.
+    """
+
+    each: list[list[Term]]
+    tensors: list[Tensor]
+    group: dict[str, Any]
+    grads: list[Tensor] = field(default_factory=list)
+
+    @property
+    def terms(self) -> list[Term]:
+        """The terms of the first tensor; those of the others differ in the tensor only."""
+        return self.each[0]
+
+    @property
+    def plain(self) -> bool:
+        """Whether the terms are `linear*|w| + quadratic*w^2` together."""
+        return all(term.plain for term in self.terms)
+
+    @property
+    def coefficients(self) -> tuple[float, float]:
+        """`linear` and `quadratic`."""
+        return coefficients(self.terms)
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether its prox is a soft threshold, and division: what whole lists of tensors share."""
+        return self.plain and not any(term.kind.positive for term in self.terms)
+
+    @property
+    def sums_here(self) -> bool:
+        """Whether its value is a sum over elements that are all on this rank."""
+        return self.plain and local(self.tensors[0]) is self.tensors[0]
+
+    @property
+    def off(self) -> bool:
+        """Whether the terms do nothing at the present lambda."""
+        return all(term.off for term in self.terms)
+
+    def part(self, indices: list[int]) -> Bundle:
+        """Those of its tensors."""
+        if len(indices) == len(self.tensors):
+            return self
+        return Bundle([self.each[i] for i in indices], [self.tensors[i] for i in indices], self.group)
+
+    def with_grads(self) -> Bundle | None:
+        """Those of its tensors that have a gradient, and the gradients; None if there are none."""
+        grads = list(map(attrgetter("grad"), self.tensors))
+        if not any(grad is None for grad in grads):
+            return Bundle(self.each, self.tensors, self.group, grads)
+        each = [terms for terms, grad in zip(self.each, grads, strict=True) if grad is not None]
+        tensors = [terms[0].tensor for terms in each]
+        return Bundle(each, tensors, self.group, [grad for grad in grads if grad is not None]) if each else None
+
+
+def bundles(terms: Iterable[Term], owners: dict[int, dict[str, Any]] | None = None) -> list[Bundle]:
+    """The terms by tensor, in as few bundles as can be.
+
+    Args:
+        terms: of any tensors.
+        owners: the param_group that owns each tensor, by the tensor's id.
+    """
+    alike: dict[Any, Bundle] = {}
+    for of_tensor in by_tensor(terms):
+        w = of_tensor[0].tensor
+        group = owners[id(w)] if owners is not None else {}
+        key: Any = id(w)
+        if all(term.plain for term in of_tensor):
+            key = (owners and id(group), *((id(term.kind), id(term.group), term.factor) for term in of_tensor))
+        bundle = alike.setdefault(key, Bundle([], [], group))
+        bundle.each.append(of_tensor)
+        bundle.tensors.append(w)
+    return [bundle.part(indices) for bundle in alike.values() for indices in multi_tensor.packs(bundle.tensors)]
+
+
+def add_grad_(bundle: Bundle, *, ascend: bool = False) -> None:
+    """`grad += (sub)gradient` on each tensor, `-=` to `ascend`."""
+    if bundle.off:
+        return
+    sign = -1 if ascend else 1
+    if bundle.plain:
+        linear, quadratic = bundle.coefficients
+        multi_tensor.add_(bundle.grads, bundle.tensors, sign * linear, sign * quadratic)
+    else:
+        bundle.grads[0].add_(_grad([term for term in bundle.terms if not term.off]), alpha=sign)
+
+
+def add_grad_and_value_(bundle: Bundle) -> Tensor:
+    """`add_grad_` where `sums_here`, and the value from the same pass."""
+    return multi_tensor.add_with_total_(bundle.grads, bundle.tensors, *bundle.coefficients)
 
 
 @on_parts
 def _grad(terms: list[Term]) -> Tensor:
-    (term,) = terms
-    return term.grad(term.tensor)
+    first, *rest = (term.grad(term.tensor) for term in terms)
+    return sum(rest, start=first)
 
 
-Step = tuple[float | Tensor, float | Tensor | None]  # a step and the cap on what it may do, see `prox`
+class Step(NamedTuple):
+    """What an optimizer does to a parameter for a unit gradient.
+
+    Attributes:
+        size: the step: a number, a 0-dim tensor, or a tensor of the parameter's shape.
+        cap: the most that one step may shrink an element, where the optimizer normalises its steps; else None.
+    """
+
+    size: float | Tensor
+    cap: float | Tensor | None = None
 
 
-def prox_(work: Iterable[tuple[list[Term], Step]]) -> None:
-    """The proximal map of the terms of each tensor, in place; see `prox`."""
-    for pool in _pools(work, prox):
-        if pool.linear:
-            multi_tensor.soft_threshold_(pool.ws, pool.step * pool.linear)
-        if pool.quadratic:
-            multi_tensor.mul_(pool.ws, 1 / (1 + pool.step * (2 * pool.quadratic)))
+class Sized(Protocol):
+    """A `Step`, or what will be one when it is looked at."""
+
+    @property
+    def size(self) -> float | Tensor: ...
+    @property
+    def cap(self) -> float | Tensor | None: ...
 
 
-def decay_(work: Iterable[tuple[list[Term], Step]]) -> None:
+def prox_(bundle: Bundle, steps: Sequence[Sized]) -> None:
+    """The proximal map of the terms of each tensor, in place, with its own step; see `prox`."""
+    step = steps[0]
+    if bundle.shrinks and step.cap is None and _scalar(step.size) and all(other is step for other in steps):
+        linear, quadratic = bundle.coefficients
+        if linear:
+            multi_tensor.soft_threshold_(bundle.tensors, step.size * linear)
+        if quadratic:
+            multi_tensor.mul_(bundle.tensors, 1 / (1 + step.size * (2 * quadratic)))
+        return
+    for terms, step in zip(bundle.each, steps, strict=True):
+        if terms := [term for term in terms if not term.off]:
+            terms[0].tensor.copy_(prox(terms, step.size, step.cap))
+
+
+def decay_(bundle: Bundle, step: float | Tensor) -> None:
     """The decoupled subgradient step of the terms of each tensor, in place; see `decayed`."""
-    for pool in _pools(work, decayed):
-        if pool.quadratic:
-            factor = 1 - pool.step * (2 * pool.quadratic)
-            multi_tensor.mul_(pool.ws, factor.clamp_min(0) if isinstance(factor, Tensor) else max(factor, 0.0))
-        if pool.linear:
-            multi_tensor.soft_threshold_(pool.ws, pool.step * pool.linear)
+    if bundle.shrinks:
+        linear, quadratic = bundle.coefficients
+        if quadratic:
+            factor = 1 - step * (2 * quadratic)
+            multi_tensor.mul_(bundle.tensors, factor.clamp_min(0) if isinstance(factor, Tensor) else max(factor, 0.0))
+        if linear:
+            multi_tensor.soft_threshold_(bundle.tensors, step * linear)
+        return
+    for terms in bundle.each:
+        if terms := [term for term in terms if not term.off]:
+            terms[0].tensor.copy_(decayed(terms, step))
 
 
-@dataclass(slots=True)
-class _Pool:
-    """Tensors on which the same `linear*|w| + quadratic*w^2` acts with the same step."""
-
-    step: float | Tensor
-    linear: float
-    quadratic: float
-    ws: list[Tensor] = field(default_factory=list)
-
-
-def _pools(
-    work: Iterable[tuple[list[Term], Step]], otherwise: Callable[[list[Term], float | Tensor, Any], Tensor]
-) -> Iterable[_Pool]:
-    """The tensors that can be done many at a time; `otherwise` does those that cannot, here and now."""
-    pools: dict[tuple[Any, float, float], _Pool] = {}
-    for terms, (step, cap) in work:
-        terms = [term for term in terms if not term.off]
-        if not terms:
-            continue
-        scalar = not isinstance(step, Tensor) or step.ndim == 0
-        if scalar and cap is None and all(term.plain and not term.kind.positive for term in terms):
-            linear = sum(term.lam * term.linear for term in terms)
-            quadratic = sum(term.lam * term.quadratic for term in terms)
-            key = (id(step) if isinstance(step, Tensor) else step, linear, quadratic)
-            pools.setdefault(key, _Pool(step, linear, quadratic)).ws.append(terms[0].tensor)
-        else:
-            terms[0].tensor.copy_(otherwise(terms, step, cap))
-    return pools.values()
+def _scalar(x: float | Tensor) -> bool:
+    return not isinstance(x, Tensor) or x.ndim == 0
 
 
 def check_grad(terms: list[Term]) -> None:
@@ -281,16 +370,17 @@ def prox(terms: list[Term], step: float | Tensor, cap: float | Tensor | None = N
         v = F.soft_threshold(v, step * sum(thresholds))
     if center is not None and not grouped:
         v, center = v + center, None
-    v = limit(w if center is None else w - center, v, cap, Elements())
+    x = w if center is None else w - center
     if any(term.kind.positive for term in terms):
-        v = v.clamp_min(0)
+        x, v = x.clamp_min(0), v.clamp_min(0)
+    v = limit(x, v, cap, Elements())
     if grouped:
-        v = _prox_grouped(grouped, v, step, cap)
+        v = limit(x, _prox_grouped(grouped, v, step), cap, grouped[0].grouping)
     return v if center is None else v + center
 
 
 @on_parts
-def decayed(terms: list[Term], step: float | Tensor, cap: None = None) -> Tensor:
+def decayed(terms: list[Term], step: float | Tensor) -> Tensor:
     """`w - step * (subgradient of the terms)`, in which no element (group) crosses zero: it stops there."""
     w = terms[0].tensor
     if len(terms) == 1:
@@ -331,7 +421,8 @@ def distance(terms: list[Term], grad: Tensor) -> Tensor:
         if not term.kind.separable:
             continue
         zero = torch.zeros((), dtype=working_dtype(w.dtype), device=w.device)
-        at_zero = (term.kind.rho_grad(zero) * term.scaled_lam).nan_to_num(0.0, math.inf)  # at lam=0 it absorbs nothing
+        lam = term.scaled_lam if term.grouped else term.elementwise_lam
+        at_zero = (term.kind.rho_grad(zero) * lam).nan_to_num(0.0, math.inf)  # at lam=0 it absorbs nothing
         if term.grouped:
             slope = slope + at_zero
         else:
@@ -374,18 +465,16 @@ def _prox_quadratic(terms: list[Term], v: Tensor, step: float | Tensor) -> tuple
     return v / denominator, step / denominator
 
 
-def _prox_grouped(terms: list[Any], v: Tensor, step: float | Tensor, cap: float | Tensor | None) -> Tensor:
+def _prox_grouped(terms: list[Any], v: Tensor, step: float | Tensor) -> Tensor:
     """Block soft threshold: closed form for one step, a root search for each group where steps differ by coordinate."""
     grouping = terms[0].grouping
     lam = sum(term.scaled_lam * term.linear for term in terms)
     if isinstance(step, Tensor) and step.ndim > 0:
         radius = lam * math.sqrt(grouping.count(v.shape))
         x, s = grouping.view(v), grouping.view(step)
-        shrunk = _block_soft_threshold(x, s * radius, grouping).reshape(v.shape)
-    else:
-        t = step * lam
-        shrunk = F.prox(lambda u: (u - t).clamp_min(0), v, grouping)
-    return limit(v, shrunk, cap, grouping)
+        return _block_soft_threshold(x, s * radius, grouping).reshape(v.shape)
+    t = step * lam
+    return F.prox(lambda u: (u - t).clamp_min(0), v, grouping)
 
 
 def _block_soft_threshold(x: Tensor, r: Tensor, grouping: NormGrouping) -> Tensor:

@@ -1,0 +1,41 @@
+"""Checks that run on several processes, which form a gloo process group: many checks for one start of the processes."""
+
+import os
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def failures_on(world, checks, folder):
+    """The tracebacks of each check, by its name, from the ranks on which it failed: none where it passed on all."""
+    folder = Path(folder)
+    mp.spawn(_rank, (world, checks, folder), nprocs=world)
+    return {
+        check.__name__: "\n".join(path.read_text() for path in sorted(folder.glob(f"{check.__name__}.rank*")))
+        for check in checks
+    }
+
+
+def _rank(rank, world, checks, folder):
+    # What torchrun sets, for those who ask; the ranks meet in a file, so that no port has to be free.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
+    for check in checks:
+        torch.manual_seed(0)
+        try:
+            check()
+        except Exception:
+            (folder / f"{check.__name__}.rank{rank}").write_text(f"rank {rank} of {world}\n{traceback.format_exc()}")
+        try:
+            dist.barrier()
+        except RuntimeError:  # after a check that failed on some ranks only
+            break
+    if dist.is_initialized():
+        dist.destroy_process_group()

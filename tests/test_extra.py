@@ -1,0 +1,365 @@
+"""Orthogonal and ActivityPenalty: the two that are no functions of magnitudes."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+
+from torch_regpen import L1, ActivityPenalty, Orthogonal, Penalty, RegularizedOptimizer
+
+SHAPES = [(3, 5), (5, 3), (4, 4), (1, 6), (6, 1), (4, 2, 3, 3)]
+
+
+def gram(w):
+    rows = w.flatten(1)
+    n = min(rows.shape)
+    product = rows @ rows.mH if rows.shape[0] <= rows.shape[1] else rows.mH @ rows
+    return torch.linalg.matrix_norm(product - torch.eye(n, dtype=w.dtype)) ** 2
+
+
+def cosine(w):
+    rows = list(w.flatten(1))
+    pairs = [(a, b) for i, a in enumerate(rows) for b in rows[i + 1 :]]
+    cosines = [(a @ b.conj()).abs() / (a.norm() * b.norm()) for a, b in pairs]
+    return sum(cosines) / max(len(pairs), 1)
+
+
+MEASURES = {"gram": gram, "cosine": cosine}
+EACH = pytest.mark.parametrize("measure", MEASURES)
+
+
+# Orthogonal
+
+
+@EACH
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_value_and_gradient_are_those_of_the_definition(measure, shape, dtype):
+    w = nn.Parameter(torch.randn(shape, dtype=dtype))
+    penalty = Orthogonal([w], 0.3, measure)
+    expected = 0.3 * torch.as_tensor(MEASURES[measure](w), dtype=torch.float64)
+    torch.testing.assert_close(penalty(), expected)
+    (gradient,) = torch.autograd.grad(penalty(), w)
+    if expected.requires_grad:
+        torch.testing.assert_close(gradient, torch.autograd.grad(expected, w)[0])
+    w.grad = torch.ones_like(w)
+    penalty.add_grad_()
+    torch.testing.assert_close(w.grad - 1, gradient)
+    assert gradcheck(lambda _: penalty(), (w,), fast_mode=True)
+    if dtype == torch.float64:
+        assert gradgradcheck(lambda _: penalty(), (w,), fast_mode=True)
+
+
+@EACH
+def test_it_is_zero_where_rows_are_orthogonal(measure):
+    square = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64)).Q
+    for w in (square, square[:2], square[:, :2]):
+        p = nn.Parameter(w.clone())
+        penalty = Orthogonal([p], 1.0, measure)
+        if measure == "gram" or w.shape[0] <= w.shape[1]:
+            assert penalty() < 1e-15
+        (gradient,) = torch.autograd.grad(penalty(), p)
+        assert measure == "cosine" or gradient.abs().max() < 1e-14
+
+
+@EACH
+def test_rows_that_are_zero_or_alone_give_no_nan(measure):
+    for shape in ((3, 4), (1, 4), (4, 1)):
+        w = nn.Parameter(torch.zeros(shape))
+        penalty = Orthogonal([w], 1.0, measure)
+        assert penalty().item() == (min(shape) if measure == "gram" else 0)
+        penalty().backward()
+        assert torch.equal(w.grad, torch.zeros(shape))
+
+
+@EACH
+def test_half_types_are_computed_in_float32(measure):
+    w = torch.randn(32, 64).half()
+    values = []
+    for v in (w, w.float()):
+        p = nn.Parameter(v)
+        values.append(Orthogonal([p], 1e-3, measure)())
+        values[-1].backward()
+        assert p.grad.dtype == v.dtype
+    torch.testing.assert_close(*values)
+    assert values[0].dtype == torch.float32
+
+
+def test_it_is_a_penalty_on_the_weights_of_a_model():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    penalty = Orthogonal(model, 0.5)
+    assert isinstance(penalty, Penalty)
+    assert [name for name, _ in penalty.named_parameters_penalized()] == ["0.weight", "3.weight"]
+    torch.testing.assert_close(penalty(), 0.5 * (gram(model[0].weight) + gram(model[3].weight)))
+    assert Orthogonal(model, 0.5, select="3.weight")() < penalty()
+    assert "Orthogonal" in penalty.summary()
+    assert "groups" not in repr(penalty)
+    assert list(penalty.parameters()) == []
+    both = copy.deepcopy((model, penalty))
+    both[0][3].weight.data.zero_()
+    assert both[1]() != penalty()
+
+
+@EACH
+def test_coupled_is_the_loss_and_the_other_modes_say_why_not(measure):
+    start = torch.randn(3, 5, dtype=torch.float64)
+    ends = []
+    for coupled in (True, False):
+        w = nn.Parameter(start.clone())
+        penalty = Orthogonal([w], 0.1, measure)
+        optimizer = torch.optim.SGD([w], lr=0.1, momentum=0.9)
+        wrapped = RegularizedOptimizer(optimizer, penalty) if coupled else optimizer
+        for _ in range(5):
+            wrapped.zero_grad()
+            (w.square().sum() + (0 if coupled else penalty())).backward()
+            wrapped.step()
+        ends.append(w.detach())
+    torch.testing.assert_close(*ends)
+    for mode, why in (("decoupled", "no sum over"), ("proximal", "no proximal map"), ("dual", "no proximal map")):
+        for other in (penalty, penalty + L1([w], 0.1)):
+            with pytest.raises(ValueError, match=f"Orthogonal.*{why}"):
+                RegularizedOptimizer(optimizer, other, mode)
+    with pytest.raises(ValueError, match="no proximal map"):
+        penalty.prox_(0.1)
+
+
+@EACH
+def test_the_audit_is_the_distance_to_its_gradient(measure):
+    w = nn.Parameter(torch.randn(3, 5, dtype=torch.float64))
+    penalty = Orthogonal([w], 0.1, measure)
+    w.grad = -torch.autograd.grad(penalty(), w)[0]
+    assert penalty.stationarity() < 1e-15
+    w.grad[1, 2] += 0.25
+    assert penalty.stationarity().item() == pytest.approx(0.25)
+
+
+def test_what_orthogonal_refuses():
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="'gram' or 'cosine'"):
+        Orthogonal(model, 0.1, measure="rows")
+    with pytest.raises(ValueError, match=r"bias.*no rows"):
+        Orthogonal(model, 0.1, select="all")
+    for option in ({"groups": "output"}, {"center": "initial"}, {"weights": {}}, {"scale": False}, {"positive": True}):
+        with pytest.raises(TypeError, match="Orthogonal takes"):
+            Orthogonal(model, 0.1, **option)
+
+
+def test_orthogonal_training_makes_rows_orthogonal():
+    w = nn.Parameter(torch.randn(4, 8))
+    penalty = Orthogonal([w], 0.05)
+    optimizer = RegularizedOptimizer(torch.optim.SGD([w], lr=0.5), penalty)
+    for _ in range(300):
+        w.grad = torch.zeros_like(w)
+        optimizer.step()
+    torch.testing.assert_close(w.detach() @ w.detach().T, torch.eye(4), atol=1e-4, rtol=0)
+
+
+# ActivityPenalty
+
+
+def network():
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+
+
+def size(kind, *outputs):
+    return sum((a.abs() if kind == "l1" else a**2).sum() / len(a) for a in outputs)
+
+
+@pytest.mark.parametrize("kind", ["l1", "l2"])
+def test_it_sums_over_features_and_averages_over_the_batch(kind):
+    model, x = network(), torch.randn(5, 3, dtype=torch.float64)
+    penalty = ActivityPenalty(model, 0.3, kind)
+    assert penalty() == 0
+    h = model[0](x)
+    outputs = h, h.relu(), model[2](h.relu())
+    model(x)
+    torch.testing.assert_close(penalty(), 0.3 * size(kind, *outputs))
+    expected = torch.autograd.grad(0.3 * size(kind, *outputs), model.parameters())
+    found = torch.autograd.grad(penalty(), model.parameters(), retain_graph=True)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(penalty(), penalty())
+    penalty.lam = 0.6
+    torch.testing.assert_close(penalty(), 0.6 * size(kind, *outputs))
+
+
+def test_only_the_latest_forward_counts():
+    model = network()
+    penalty = ActivityPenalty(model, 1.0, select="2")
+    for n in (5, 7, 1):
+        x = torch.randn(n, 3, dtype=torch.float64)
+        torch.testing.assert_close(penalty() * 0 + size("l1", model(x)), penalty())
+    with torch.no_grad():
+        model.eval()(x)
+    assert not penalty().requires_grad
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.act = nn.Linear(2, 2), nn.Linear(2, 2), nn.Tanh()
+
+    def forward(self, x, second=False):
+        return self.act((self.second if second else self.first)(self.act(x)))
+
+
+def test_a_module_counts_as_often_as_it_ran_in_the_latest_forward():
+    model, x = Branches(), torch.randn(4, 2)
+    act, first = ActivityPenalty(model, 1.0, select="act"), ActivityPenalty(model, 1.0, select="first")
+    out = model(x)
+    torch.testing.assert_close(act(), size("l1", x.tanh(), out))
+    assert first() > 0
+    model(x, second=True)
+    assert first() == 0
+    model.first(x)  # called by itself
+    torch.testing.assert_close(first(), size("l1", model.first(x)))
+    model.first(x)
+    torch.testing.assert_close(first(), size("l1", model.first(x)))
+
+
+def test_a_forward_that_fails_leaves_nothing_behind():
+    model = network()
+    penalty = ActivityPenalty(model, 1.0)
+    with pytest.raises(RuntimeError):
+        model(torch.randn(5, 7, dtype=torch.float64))
+    x = torch.randn(5, 3, dtype=torch.float64)
+    for _ in range(2):
+        model[0](x)
+    torch.testing.assert_close(penalty(), size("l1", model[0](x)))
+
+
+def test_select_is_globs_on_module_names():
+    model = nn.ModuleDict({"encoder": network(), "head": nn.Linear(2, 2).double()})
+    x = torch.randn(5, 3, dtype=torch.float64)
+    outputs = {}
+
+    def run():
+        encoder = model["encoder"]
+        outputs["encoder.0"] = encoder[0](x)
+        outputs["encoder.1"] = outputs["encoder.0"].relu()
+        outputs["encoder.2"] = outputs["encoder"] = encoder(x)
+        outputs["head"] = model["head"](outputs["encoder"])
+
+    for select, names in (
+        (None, ["encoder.0", "encoder.1", "encoder.2", "head"]),
+        ("encoder.*", ["encoder.0", "encoder.1", "encoder.2"]),
+        ("encoder", ["encoder"]),
+        (["head", "*.1"], ["encoder.1", "head"]),
+    ):
+        penalty = ActivityPenalty(model, 1.0, select=select)
+        run()
+        torch.testing.assert_close(penalty(), size("l1", *(outputs[name] for name in names)))
+        penalty.remove()
+    with pytest.raises(ValueError, match=r"encoder\.1"):
+        ActivityPenalty(model, 1.0, select="decoder.*")
+    wrapped = nn.Module()
+    wrapped.module = network()
+    assert ActivityPenalty(wrapped, 1.0, select="2")() == 0
+
+
+def test_a_model_that_is_a_leaf_itself():
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    penalty = ActivityPenalty(model, 1.0, "l2")
+    out = model(x)
+    torch.testing.assert_close(penalty(), size("l2", out))
+
+
+def test_activations_in_place_are_seen_as_they_were():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
+    x = torch.randn(5, 3)
+    penalty = ActivityPenalty(model, 1.0, select="0")
+    before = model[0](x)
+    out = model(x)
+    torch.testing.assert_close(penalty(), size("l1", before))
+    (out.sum() + penalty()).backward()
+    assert model[0].weight.grad.isfinite().all()
+
+
+def test_remove_takes_the_hooks_off():
+    model = network()
+    penalty = ActivityPenalty(model, 1.0)
+    model(torch.randn(5, 3, dtype=torch.float64))
+    assert penalty() > 0
+    penalty.remove()
+    assert penalty() == 0
+    model(torch.randn(5, 3, dtype=torch.float64))
+    assert penalty() == 0
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    penalty.remove()
+
+
+def test_copies_of_the_model_are_watched_by_copies_of_the_penalty():
+    model, x = network(), torch.randn(5, 3, dtype=torch.float64)
+    penalty = ActivityPenalty(model, 1.0)
+    model(x)
+    value = penalty().item()
+    copied = copy.deepcopy(model)  # with tensors of a graph in the hooks
+    copied(2 * x)
+    assert penalty().item() == value
+    for other, of_other in (copy.deepcopy((model, penalty)), pickle.loads(pickle.dumps((model, penalty)))):
+        assert of_other() == 0
+        other(2 * x)
+        assert of_other().item() != value
+        assert penalty().item() == value
+        of_other.remove()
+        assert not other[0]._forward_hooks
+        assert model[0]._forward_hooks
+
+
+def test_as_a_submodule_it_adds_nothing_to_the_state_dict():
+    model = network()
+    keys = model.state_dict().keys()
+    model.activity = ActivityPenalty(model, 1.0)
+    assert model.state_dict().keys() == keys
+    assert list(model.activity.parameters()) == []
+
+
+def test_half_types_are_summed_in_float32_and_dtype_follows_the_outputs():
+    model = nn.Sequential(nn.Identity())
+    penalty = ActivityPenalty(model, 1.0, "l2")
+    model(torch.full((2, 100), 300.0).half())
+    assert penalty().item() == 9e6
+    model(torch.ones(2, 3, dtype=torch.float64))
+    assert penalty().dtype == torch.float64
+    model(torch.tensor(2.0))
+    assert penalty().item() == 4.0
+    model(torch.empty(0, 3))
+    assert penalty().item() == 0.0
+    with torch.autocast("cpu", torch.bfloat16):
+        linear = nn.Linear(3, 2)
+        watched = ActivityPenalty(linear, 1.0)
+        out = linear(torch.randn(4, 3))
+        torch.testing.assert_close(watched(), size("l1", out.float()))
+
+
+def test_what_the_activity_penalty_refuses():
+    model = network()
+    with pytest.raises(ValueError, match="'l1' or 'l2'"):
+        ActivityPenalty(model, 1.0, "l3")
+    with pytest.raises(ValueError, match="lam"):
+        ActivityPenalty(model, -1.0)
+    with pytest.raises(TypeError, match="lam"):
+        ActivityPenalty(model, "1")
+    penalty = ActivityPenalty(model, 1.0)
+    with pytest.raises(TypeError, match="Penalty"):
+        RegularizedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), penalty)
+    assert not any("forward_hook" in str(m._forward_hooks) for m in network().modules())
+    lstm = nn.Sequential(nn.LSTM(3, 2))
+    ActivityPenalty(lstm, 1.0)
+    with pytest.raises(TypeError, match=r"'0' is a tuple.*select"):
+        lstm(torch.randn(4, 1, 3))
+
+
+def test_a_compiled_model_is_watched_as_any_other():
+    model, x = network(), torch.randn(5, 3, dtype=torch.float64)
+    penalty = ActivityPenalty(model, 1.0)
+    model(x)
+    expected = penalty().item()
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(2):
+        compiled(x)
+        assert penalty().item() == pytest.approx(expected)
+    penalty().backward()
+    assert model[0].weight.grad is not None

@@ -1,0 +1,438 @@
+"""`center`, `weights` and `positive`: what each means, and what is refused."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from definitions import GROUPED, GROUPS, KINDS, magnitudes, members
+from scipy.optimize import nnls
+from sklearn.linear_model import ElasticNet as SkElasticNet
+from sklearn.linear_model import Lasso
+from torch import nn
+from torch.nn.utils import parametrize
+
+from torch_regpen import L1, L2, MCP, ElasticNet, GroupLasso, NuclearNorm, RegularizedOptimizer, SparseGroupLasso
+
+EACH = pytest.mark.parametrize("kind", KINDS)
+
+
+def network():
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+def moved(model, by=0.1):
+    with torch.no_grad():
+        for p in model.parameters():
+            p += by
+    return model
+
+
+# center
+
+
+@EACH
+def test_the_initial_weights_are_a_center(kind):
+    model = network()
+    penalty = KINDS[kind](model, 0.5, center="initial")
+    assert penalty() == 0
+    moved(model, 0.25)
+    expected = 0.5 * (12 + 8) * KINDS[kind]([torch.zeros(1)], 1.0).rho(torch.tensor(0.25).double())
+    torch.testing.assert_close(penalty().detach(), expected)
+
+
+def test_a_state_dict_is_a_center_with_more_in_it_than_is_needed():
+    model, pretrained = network(), moved(network(), 1.0)
+    penalty = L2(model, 0.5, center=pretrained.state_dict())
+    expected = sum((model[i].weight - pretrained[i].weight).square().sum() for i in (0, 2))
+    torch.testing.assert_close(penalty(), 0.5 * expected)
+    before = penalty().item()
+    moved(pretrained)  # it has a copy
+    assert penalty().item() == before
+
+
+def test_a_name_missing_from_the_center_is_refused_and_so_is_another_shape():
+    model = network()
+    with pytest.raises(ValueError, match=r"center has nothing for parameter '2\.weight'"):
+        L2(model, 0.5, center={"0.weight": torch.zeros(4, 3)})
+    with pytest.raises(ValueError, match=r"2\.weight.*shape"):
+        L2(model, 0.5, center={"0.weight": torch.zeros(4, 3), "2.weight": torch.zeros(4, 2)})
+    for wrong in ("pretrained", 3.0, [torch.zeros(4, 3)]):
+        with pytest.raises(TypeError, match="center"):
+            L2(model, 0.5, center=wrong)
+    model[2].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"2\.weight"):
+        L2(model, 0.5, center={"0.weight": torch.zeros(4, 3)})
+
+
+def test_centers_are_no_parameters_and_not_in_the_state_dict():
+    model = network()
+    without = L2(model, 0.5).state_dict()
+    penalty = L2(model, 0.5, center="initial", weights={"0.weight": torch.ones(4, 3)})
+    assert penalty.state_dict().keys() == without.keys()
+    assert list(penalty.parameters()) == list(penalty.buffers()) == []
+    model.penalty = penalty
+    assert not any("center" in key for key in model.state_dict())
+
+
+@EACH
+def test_prox_and_decoupled_go_to_the_center_and_stop_there(kind):
+    model = network()
+    start = copy.deepcopy(model)
+    penalty = KINDS[kind](model, 1.0, center="initial")
+    moved(model, 1e-3)
+    bias = model[0].bias.clone()
+    penalty.prox_(50.0)
+    if kind != "L2":
+        assert torch.equal(model[0].weight, start[0].weight)
+    assert torch.equal(model[0].bias, bias)
+    if kind in ("L2", "L0"):
+        return
+    moved(model, 1e-3)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    RegularizedOptimizer(torch.optim.SGD(model.parameters(), lr=50.0), penalty, "decoupled").step()
+    torch.testing.assert_close(model[0].weight, start[0].weight, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("mode", ["coupled", "decoupled", "proximal"])
+def test_the_fixed_point_of_l2_sp(mode):
+    """Of `1/2 (w - a)^2 + lam (w - c)^2`: `w = (a + 2 lam c) / (1 + 2 lam)`."""
+    a, c, lam = torch.randn(3, 2).double(), torch.randn(3, 2).double(), 0.3
+    w = nn.Parameter(c.clone())
+    penalty = L2([w], lam, center="initial")
+    optimizer = RegularizedOptimizer(torch.optim.SGD([w], lr=0.01 if mode == "decoupled" else 0.5), penalty, mode)
+    for _ in range(2500 if mode == "decoupled" else 100):
+        w.grad = w.detach() - a
+        optimizer.step()
+    tolerance = 5e-3 if mode == "decoupled" else 1e-12  # decoupled steps one after the other
+    torch.testing.assert_close(w.detach(), (a + 2 * lam * c) / (1 + 2 * lam), atol=tolerance, rtol=0)
+    w.grad = w.detach() - a
+    assert penalty.stationarity() < 10 * tolerance
+
+
+def test_l1_around_a_center_is_sparse_in_what_has_moved():
+    a, c = torch.randn(40).double(), torch.randn(40).double()
+    w = nn.Parameter(c.clone())
+    penalty = L1([("w", w)], 0.7, center={"w": c})
+    optimizer = RegularizedOptimizer(torch.optim.SGD([w], lr=0.5), penalty, "proximal")
+    for _ in range(100):
+        w.grad = w.detach() - a
+        optimizer.step()
+    expected = c + (a - c).sign() * ((a - c).abs() - 0.7).clamp_min(0)
+    torch.testing.assert_close(w.detach(), expected)
+    still = (a - c).abs() < 0.7
+    assert torch.equal(w.detach()[still], c[still])
+    w.grad = w.detach() - a
+    assert penalty.stationarity() < 1e-12
+
+
+def test_copies_keep_their_centers():
+    model = network()
+    penalty = L2(model, 0.5, center="initial")
+    moved(model)
+    value = penalty().item()
+    for other, of_other in (copy.deepcopy((model, penalty)), pickle.loads(pickle.dumps((model, penalty)))):
+        assert of_other().item() == value
+        moved(other, -0.1)
+        assert of_other().item() < 1e-28
+        assert penalty().item() == value
+
+
+def test_centers_of_groups_whose_parameters_have_the_same_name():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    penalty = L2([{"params": model[0]}, {"params": model[1], "lam": 2.0}], 1.0, center="initial")
+    assert penalty() == 0
+    moved(model, 1.0)
+    assert penalty().item() == pytest.approx(27)
+    penalty = L2([("w", model[0].weight), ("w", model[1].weight)], 1.0, center="initial")
+    assert penalty() == 0
+
+
+def test_centers_follow_casts_wrappers_and_parametrizations():
+    model = network()
+    state = copy.deepcopy(model.state_dict())
+    penalty = L2(model, 0.5, center="initial")
+    moved(model, 0.25)
+    expected = 0.5 * 20 / 16
+    assert penalty().item() == pytest.approx(expected)
+    model.half()
+    assert penalty().item() == pytest.approx(expected, rel=1e-2)
+    model.double()
+    wrapped = nn.Module()
+    wrapped.module = model
+    prefixed = {f"module.{key}": value for key, value in state.items()}
+    assert L2(wrapped, 0.5, center=state)().item() == pytest.approx(penalty().item())
+    assert L2(wrapped, 0.5, center=prefixed)().item() == pytest.approx(penalty().item())
+    assert L2(model, 0.5, center=prefixed)().item() == pytest.approx(penalty().item())
+
+    class Twice(nn.Module):
+        def forward(self, w):
+            return 2 * w
+
+    before = penalty().item()
+    parametrize.register_parametrization(model[0], "weight", Twice(), unsafe=True)
+    assert penalty().item() == pytest.approx(before)
+    assert L2(model, 0.5, center=state)().item() == pytest.approx(before)
+    torch.nn.utils.parametrizations.weight_norm(model[2])
+    with pytest.raises(ValueError, match="center"):
+        penalty()  # neither norm nor direction has one
+
+
+def test_centers_and_weights_under_torch_func_and_compiled():
+    model = network()
+    penalty = MCP(model, 0.5, groups="output", center="initial", weights={"0.weight": torch.rand(4)})
+    parameters = {name: p.detach() + 0.1 for name, p in model.named_parameters()}
+
+    def value(parameters):
+        return torch.func.functional_call(wrapper, parameters, ())
+
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self):
+            return penalty()
+
+    wrapper = Wrapper()
+    parameters = {f"model.{name}": p for name, p in parameters.items()}
+    gradients = torch.func.grad(value)(parameters)
+    stacked = {name: torch.stack([p, 2 * p]) for name, p in parameters.items()}
+    for name, g in torch.vmap(torch.func.grad(value))(stacked).items():
+        torch.testing.assert_close(g[0], gradients[name])
+    moved(model)
+    compiled = torch.compile(lambda: penalty(), backend="eager", fullgraph=True)
+    compiled().backward()
+    torch.testing.assert_close(model[0].weight.grad, gradients["model.0.weight"])
+
+
+def test_a_center_can_be_taken_only_of_what_is_there():
+    model = nn.Sequential(nn.LazyLinear(3))
+    penalty = L2(model, 0.5, center="initial")
+    model(torch.randn(1, 2))
+    with pytest.raises(ValueError, match=r"0\.weight.*center"):
+        penalty()
+
+
+def test_restricted_to_keeps_centers_and_weights():
+    model = network()
+    weights = {"2.weight": torch.full((2, 4), 3.0)}
+    penalty = L2(model, 0.5, center="initial", weights=weights)
+    part = penalty.restricted_to(torch.optim.SGD([model[2].weight], lr=0.1))
+    moved(model, 1.0)
+    assert part().item() == pytest.approx(0.5 * 3 * 8)
+
+
+def test_sums_around_different_centers():
+    model = network()
+    one, other = L2(model, 0.5, center="initial"), L2(model, 0.25)
+    w = model[0].weight.detach().clone()
+    (one + other).prox_(0.4)
+    torch.testing.assert_close(model[0].weight.detach(), (w + 0.4 * w) / (1 + 0.4 + 0.2))
+    (L1(model, 0.1) + one).prox_(0.1)  # squares have a closed form around any center
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="different centers"):
+        RegularizedOptimizer(sgd, L1(model, 0.1, center="initial") + L1(model, 0.1), "proximal")
+    with pytest.raises(ValueError, match="different centers"):
+        RegularizedOptimizer(sgd, GroupLasso(model, 0.1, center="initial", positive=True), "proximal")
+
+
+# weights
+
+
+def regression(seed=0, n=60, p=8):
+    rng = np.random.default_rng(seed)
+    X = rng.standard_normal((n, p))
+    y = X @ np.array([2.0, -1.5, 1.0, 0, 0, 0.5, 0, -0.3][:p]) + 0.3 * rng.standard_normal(n)
+    return X, y
+
+
+def fit(make, X, y, steps=500, start=None):
+    """What proximal gradient descent makes of `SSE/(2n) + make([("w", w)])`, and the penalty at it."""
+    A, b = torch.from_numpy(X), torch.from_numpy(y)
+    w = nn.Parameter(torch.zeros(X.shape[1], dtype=torch.float64) if start is None else start.clone())
+    penalty = make([("w", w)])
+    lr = len(y) / torch.linalg.matrix_norm(A, 2).item() ** 2
+    optimizer = RegularizedOptimizer(torch.optim.SGD([w], lr=lr), penalty, "proximal")
+    for _ in range(steps):
+        w.grad = A.T @ (A @ w.detach() - b) / len(y)
+        optimizer.step()
+    w.grad = A.T @ (A @ w.detach() - b) / len(y)
+    return w.detach(), penalty
+
+
+def test_the_adaptive_lasso_is_the_lasso_of_scikit_learn_on_rescaled_features():
+    X, y = regression()
+    factors = 1 / np.abs(np.linalg.lstsq(X, y, rcond=None)[0])
+    lasso = Lasso(alpha=0.05, fit_intercept=False, tol=1e-14, max_iter=100000).fit(X / factors, y)
+    w, penalty = fit(lambda w: L1(w, 0.05, weights={"w": torch.from_numpy(factors)}), X, y)
+    torch.testing.assert_close(w, torch.from_numpy(lasso.coef_ / factors), atol=1e-8, rtol=0)
+    assert torch.equal(w == 0, torch.from_numpy(lasso.coef_ == 0))
+    assert 0 < (w == 0).sum() < 8
+    assert penalty.stationarity() < 1e-8
+
+
+def test_a_weight_of_zero_is_not_penalized():
+    X, y = regression()
+    free = torch.tensor([0.0, 1, 1, 1, 1, 1, 1, 1])
+    w, penalty = fit(lambda w: L1(w, 100.0, weights={"w": free}), X, y)
+    assert w[0].item() == pytest.approx((X[:, 0] @ y / (X[:, 0] @ X[:, 0])).item())
+    assert torch.equal(w[1:], torch.zeros(7).double())
+    assert penalty.stationarity() < 1e-8
+
+
+@EACH
+@pytest.mark.parametrize("name", GROUPED)
+def test_weights_are_one_for_each_group(kind, name):
+    w = torch.randn(4, 6, dtype=torch.float64)
+    u, n = magnitudes(w, GROUPS[name])
+    factors = torch.rand(len(u), dtype=torch.float64)
+    p = nn.Parameter(w.clone())
+    penalty = KINDS[kind]([("w", p)], 0.5, groups=GROUPS[name], weights={"w": factors})
+    torch.testing.assert_close(penalty().detach(), 0.5 * n * (factors * penalty.rho(u)).sum())
+    penalty.prox_(0.6)
+    after, _ = magnitudes(p.detach(), GROUPS[name])
+    torch.testing.assert_close(after, penalty.rho_prox(u, 0.3 * factors), atol=1e-14, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.int64])
+def test_weights_of_any_dtype_do_not_change_that_of_the_parameters(dtype):
+    model = network().float()
+    penalty = L1(model, 0.5, weights={"0.weight": torch.full((4, 3), 2, dtype=dtype)})
+    assert penalty().dtype == torch.float32
+    torch.testing.assert_close(penalty(), 0.5 * (2 * model[0].weight.abs().sum() + model[2].weight.abs().sum()))
+    penalty().backward()
+    penalty.add_grad_()
+    penalty.prox_(0.01)
+    assert model[0].weight.dtype == model[0].weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("factors", "groups"),
+    [
+        (torch.ones(4), None),
+        (torch.ones(3), None),
+        (torch.ones(()), None),
+        (torch.ones(12), None),
+        (torch.ones(4, 1), None),
+        (torch.ones(4, 3), "output"),
+        (torch.ones(3), "output"),
+        (torch.ones(4, 1), "output"),
+        (torch.ones(4), "tensor"),
+        (-torch.ones(4, 3), None),
+        (torch.full((4, 3), torch.nan), None),
+        (torch.full((4, 3), torch.inf), None),
+    ],
+    ids=str,
+)
+def test_weights_of_another_shape_and_negative_ones_are_refused(factors, groups):
+    with pytest.raises(ValueError, match=r"weights for '0\.weight'"):
+        L1(network(), 0.5, groups=groups, weights={"0.weight": factors})
+
+
+def test_unknown_names_and_singular_values_are_refused_and_missing_names_count_1():
+    model = network()
+    with pytest.raises(ValueError, match="encoder"):
+        L1(model, 0.5, weights={"encoder.weight": torch.ones(4, 3)})
+    with pytest.raises(ValueError, match=r"0\.bias"):
+        L1(model, 0.5, weights={"0.bias": torch.ones(4)})
+    with pytest.raises(TypeError, match="weights"):
+        L1(model, 0.5, weights="initial")
+    with pytest.raises(TypeError, match="weights"):
+        L1(model, 0.5, weights=[torch.ones(4, 3)])
+    with pytest.raises(ValueError, match="singular values"):
+        NuclearNorm(model, 0.5, weights={"0.weight": torch.ones(3)})
+    with pytest.raises(ValueError, match="SparseGroupLasso takes no weights"):
+        SparseGroupLasso(model, 0.5, weights={"0.weight": torch.ones(4)})
+    assert L1(model, 0.5, weights={})() == L1(model, 0.5)()
+
+
+def test_a_shared_parameter_has_weights_by_any_of_its_names():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    for name in ("0.weight", "1.weight"):
+        penalty = L1(model, 1.0, weights={name: torch.full((3, 3), 2.0)})
+        torch.testing.assert_close(penalty(), 2 * model[0].weight.abs().sum())
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_group_weights_in_every_mode(optimizer):
+    factors = torch.tensor([0.0, 1e6, 1.0, 1.0])
+    for mode in ("coupled", "decoupled", "proximal", "dual"):
+        w = nn.Parameter(torch.randn(4, 6))
+        before = w.detach().clone()
+        penalty = GroupLasso([("w", w)], 0.1, weights={"w": factors})
+        wrapped = RegularizedOptimizer(optimizer([w], lr=0.1), penalty, mode)
+        for _ in range(3):
+            w.grad = torch.zeros_like(w)
+            wrapped.step()
+        assert torch.equal(w[0], before[0])
+        if mode != "coupled":
+            assert w[1].norm() < before[1].norm()
+            assert optimizer is torch.optim.Adam or torch.equal(w[1], torch.zeros(6))
+
+
+# positive
+
+
+@pytest.mark.parametrize("alpha", [0.02, 0.2])
+def test_positive_is_the_positive_lasso_of_scikit_learn(alpha):
+    X, y = regression()
+    lasso = Lasso(alpha=alpha, fit_intercept=False, positive=True, tol=1e-14, max_iter=100000).fit(X, y)
+    w, penalty = fit(lambda w: L1(w, alpha, positive=True), X, y)
+    torch.testing.assert_close(w, torch.from_numpy(lasso.coef_), atol=1e-9, rtol=0)
+    assert torch.equal(w == 0, torch.from_numpy(lasso.coef_ == 0))
+    assert penalty.stationarity() < 1e-9
+
+
+def test_positive_is_the_positive_elastic_net_of_scikit_learn():
+    X, y = regression()
+    lam, r = 0.1, 0.4
+    alpha = lam * (r + 2 * (1 - r))
+    net = SkElasticNet(alpha=alpha, l1_ratio=lam * r / alpha, fit_intercept=False, positive=True, tol=1e-14)
+    w, penalty = fit(lambda w: ElasticNet(w, lam, l1_ratio=r, positive=True), X, y)
+    torch.testing.assert_close(w, torch.from_numpy(net.fit(X, y).coef_), atol=1e-9, rtol=0)
+    assert penalty.stationarity() < 1e-9
+
+
+def test_positive_at_lambda_zero_is_nonnegative_least_squares():
+    X, y = regression()
+    w, penalty = fit(lambda w: L1(w, 0.0, positive=True), X, y)
+    torch.testing.assert_close(w, torch.from_numpy(nnls(X, y)[0]), atol=1e-9, rtol=0)
+    assert penalty.stationarity() < 1e-9
+    p = nn.Parameter(torch.tensor([-1.0, 2.0]))
+    L1([p], 0.0, positive=True).prox_(0.1)
+    assert p.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("make", [L1, ElasticNet, GroupLasso, SparseGroupLasso, L2])
+@pytest.mark.parametrize("lam", [0.0, 0.1])
+def test_positive_keeps_every_weight_at_zero_or_more_from_the_first_step(make, lam):
+    for optimizer in (torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop):
+        for mode in ("proximal", "dual"):
+            w = nn.Parameter(torch.randn(4, 6))
+            wrapped = RegularizedOptimizer(optimizer([w], lr=1e-3), make([w], lam, positive=True), mode)
+            for _ in range(3):
+                w.grad = torch.randn_like(w)
+                wrapped.step()
+                assert (w >= 0).all()
+
+
+@pytest.mark.parametrize("name", ["output", "blocks", "heads of dim 1"])
+def test_positive_groups_shrink_what_is_left_above_zero(name):
+    w, t = torch.randn(4, 6, dtype=torch.float64), 0.1
+    p = nn.Parameter(w.clone())
+    GroupLasso([p], t, groups=GROUPS[name], positive=True).prox_(1.0)
+    for before, after in zip(members(w, GROUPS[name]), members(p.detach(), GROUPS[name]), strict=True):
+        kept = before.clamp_min(0)
+        expected = kept * (1 - t * len(kept) ** 0.5 / kept.norm()).clamp_min(0)
+        torch.testing.assert_close(after, expected)
+
+
+def test_positive_is_for_l1_and_the_elastic_net():
+    with pytest.raises(TypeError):
+        MCP(network(), 0.1, positive=True)
+    w = nn.Parameter(torch.tensor([0.5, -0.5]))
+    assert L1([w], 2.0, positive=True)().item() == 2.0  # the value is that of L1

@@ -1,0 +1,284 @@
+"""Paths of lambdas: against scikit-learn's lasso_path and LassoCV, and a cross-validation by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_diabetes
+from sklearn.linear_model import LassoCV, enet_path, lasso_path
+from sklearn.model_selection import KFold
+from torch import nn
+
+from torch_regpen import (
+    L0,
+    L1,
+    L2,
+    MCP,
+    SCAD,
+    ElasticNet,
+    GroupLasso,
+    LHalf,
+    LogSum,
+    NuclearNorm,
+    RegularizedOptimizer,
+    SparseGroupLasso,
+)
+from torch_regpen.path import Path, lam_max, regularization_path
+
+LAMBDA_MAX = 0.5864501344746885
+
+X, y = load_diabetes(return_X_y=True)
+X, y = (X - X.mean(0)) / X.std(0), (y - y.mean()) / y.std()
+x_all, y_all = torch.tensor(X), torch.tensor(y)
+
+
+def linear(outputs=1):
+    torch.manual_seed(0)
+    return nn.Linear(10, outputs, bias=False, dtype=torch.float64)
+
+
+def sse(model, targets=y_all[:, None]):
+    return (model(x_all) - targets).square().sum() / (2 * len(x_all))
+
+
+# lam_max.
+
+SLOPE = (X.T @ y / len(y))[None, :]  # minus the gradient at zero
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (L1, LAMBDA_MAX),
+        (lambda m, lam: ElasticNet(m, lam, l1_ratio=0.25), 4 * LAMBDA_MAX),
+        (lambda m, lam: L1(m, lam, weights={"weight": torch.full((1, 10), 0.5, dtype=torch.float64)}), 2 * LAMBDA_MAX),
+        (MCP, LAMBDA_MAX),
+        (SCAD, LAMBDA_MAX),
+        (LogSum, LAMBDA_MAX),
+        (GroupLasso, np.linalg.norm(SLOPE) / 10**0.5),
+        (lambda m, lam: GroupLasso(m, lam, scale=False), np.linalg.norm(SLOPE)),
+        (lambda m, lam: GroupLasso(m, lam, groups="input"), LAMBDA_MAX),
+        (L2, math.inf),
+    ],
+)
+def test_the_smallest_lambda_at_which_zero_is_stationary(make, expected):
+    model = linear()
+    assert lam_max(make(model, 1.0), lambda: sse(model)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_that_of_scikit_learn_is_where_its_paths_begin():
+    model = linear()
+    alphas, *_ = enet_path(X, y, l1_ratio=0.7, n_alphas=3)
+    # theirs is alpha * (0.7*|w| + 0.3/2*w^2): our lam = alpha*(0.7 + 0.15), r = 0.7/0.85
+    found = lam_max(ElasticNet(model, 1.0, l1_ratio=0.7 / 0.85), lambda: sse(model))
+    assert found == pytest.approx(alphas[0] * 0.85, rel=1e-10)
+
+
+def test_of_singular_values_it_is_the_spectral_norm_of_the_gradient():
+    model = linear(3)
+    targets = torch.randn(len(y), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = np.linalg.norm(targets.numpy().T @ X / len(y), ord=2)
+    assert lam_max(NuclearNorm(model, 1.0), lambda: sse(model, targets)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_of_a_mixture_it_is_where_what_is_left_of_the_groups_is_gone():
+    model = linear()
+    found = lam_max(SparseGroupLasso(model, 1.0, l1_ratio=0.5), lambda: sse(model))
+
+    def left(lam):
+        return np.linalg.norm(np.maximum(np.abs(SLOPE) - lam / 2, 0)) - lam / 2 * 10**0.5
+
+    assert left(found * (1 - 1e-9)) > 0 > left(found * (1 + 1e-9))
+
+
+@pytest.mark.parametrize("make", [LHalf, L0])
+def test_with_an_infinite_slope_there_is_none(make):
+    model = linear()
+    with pytest.raises(ValueError, match="every lambda"):
+        lam_max(make(model, 1.0), lambda: sse(model))
+
+
+def test_it_leaves_all_as_it_was():
+    model = linear()
+    penalty = L1([{"params": [("weight", model.weight)], "lam": 0.3}], 1.0)
+    sse(model).backward()
+    before = model.weight.detach().clone(), model.weight.grad.clone()
+    lam_max(penalty, lambda: sse(model))
+    assert torch.equal(model.weight, before[0])
+    assert torch.equal(model.weight.grad, before[1])
+    assert penalty.lam == 0.3
+    with pytest.raises(ZeroDivisionError):
+        lam_max(penalty, lambda: 1 / 0)
+    assert torch.equal(model.weight, before[0])
+
+
+def test_of_a_sum_the_parts_are_asked():
+    model = linear()
+    with pytest.raises(ValueError, match="penalties"):
+        lam_max(L1(model, 1.0) + L2(model, 1.0), lambda: sse(model))
+
+
+# The path.
+
+
+def fit(model, penalty, indices):
+    """Until the audit says that it is there."""
+    a, b = (x_all, y_all) if indices is None else (x_all[indices], y_all[indices])
+    hessian, slope = a.T @ a / len(b), a.T @ b / len(b)
+    lr = 1 / torch.linalg.eigvalsh(hessian)[-1].item()
+    optimizer = RegularizedOptimizer(torch.optim.SGD(model.parameters(), lr=lr / 2, momentum=0.95), penalty, "proximal")
+    for step in range(3000):
+        model.weight.grad = model.weight.detach() @ hessian - slope
+        if step % 20 == 0 and penalty.stationarity() < 1e-9:
+            break
+        optimizer.step()
+    fits.append(penalty.lam)
+
+
+fits = []
+
+
+def minus_mse(model, indices):
+    return -(model(x_all[indices])[:, 0] - y_all[indices]).square().mean().item()
+
+
+LAMS = np.geomspace(LAMBDA_MAX, LAMBDA_MAX / 300, 12)
+
+
+@pytest.fixture(scope="module")
+def cross_validated():
+    torch.manual_seed(0)
+    model = linear()
+    folds = list(KFold(5, shuffle=True, random_state=0).split(X))
+    with torch.no_grad():
+        model.weight.zero_()
+    return regularization_path(model, L1(model, 1.0), fit, LAMS, folds=folds, score=minus_mse), folds
+
+
+def test_it_is_the_lasso_path(cross_validated):
+    path, _ = cross_validated
+    _, coefficients, _ = lasso_path(X, y, alphas=LAMS, tol=1e-12, max_iter=10**6)
+    found = np.stack([state["weight"][0].numpy() for state in path.states], axis=1)
+    np.testing.assert_allclose(found, coefficients, atol=1e-6)
+    assert path.nonzeros == (coefficients != 0).sum(axis=0).tolist()
+    assert path.lams == pytest.approx(LAMS)
+
+
+def test_it_picks_the_lambda_of_lasso_cv(cross_validated):
+    path, folds = cross_validated
+    theirs = LassoCV(alphas=LAMS, cv=folds, fit_intercept=False, tol=1e-12, max_iter=10**6).fit(X, y)
+    assert path.best == pytest.approx(theirs.alpha_)
+    np.testing.assert_allclose(path.scores.numpy(), -theirs.mse_path_, atol=1e-6)
+
+
+def test_the_one_standard_error_rule_by_hand(cross_validated):
+    path, _ = cross_validated
+    scores = path.scores.numpy()
+    mean, error = scores.mean(axis=1), scores.std(axis=1, ddof=1) / 5**0.5
+    top = mean.argmax()
+    assert path.best_1se == max(lam for lam, m in zip(path.lams, mean, strict=True) if m >= mean[top] - error[top])
+    assert path.best_1se > path.best
+
+
+def test_one_standard_error_of_made_up_scores():
+    path = Path([4.0, 2.0, 1.0, 0.5], scores=torch.tensor([[1.0, 1.0], [4.0, 6.0], [5.0, 7.0], [5.0, 7.0]]).double())
+    assert path.best == 1.0  # of equals the largest
+    assert path.best_1se == 2.0  # 5 >= 6 - sqrt(2)/sqrt(2)
+
+
+def test_model_and_penalty_are_left_as_they_were():
+    model = linear()
+    penalty = L1(model, 0.123)
+    before = model.weight.detach().clone()
+    path = regularization_path(model, penalty, fit, [0.1, 0.3])
+    assert torch.equal(model.weight, before)
+    assert penalty.lam == 0.123
+    assert path.scores is None
+    with pytest.raises(ValueError, match="no best"):
+        path.best  # noqa: B018
+
+
+@pytest.mark.parametrize(("order", "expected"), [("down", [0.3, 0.2, 0.1]), ("up", [0.1, 0.2, 0.3])])
+def test_each_is_warm_started_from_the_last_in_the_order_asked_for(order, expected):
+    model = linear()
+    seen = []
+
+    def note(model, penalty, indices):
+        seen.append((penalty.lam, model.weight.detach()[0, 0].item()))
+        with torch.no_grad():
+            model.weight.fill_(penalty.lam)
+
+    start = model.weight.detach()[0, 0].item()
+    path = regularization_path(model, L1(model, 1.0), note, [0.2, 0.1, 0.3], order=order)
+    assert path.lams == expected
+    assert seen == list(zip(expected, [start, *expected[:-1]], strict=True))
+
+
+@pytest.mark.parametrize("stop", [1, 4, 7])
+def test_an_interrupted_path_goes_on_from_its_file(tmp_path, stop):
+    lams, folds = [0.4, 0.2, 0.1], list(KFold(2).split(X))
+    file = tmp_path / "path.pt"
+    calls = []
+
+    def interrupted(model, penalty, indices):
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        calls.append(1)
+        fit(model, penalty, indices)
+
+    def run(fit, file):
+        model = linear()
+        return regularization_path(model, L1(model, 1.0), fit, lams, folds=folds, score=minus_mse, checkpoint=file)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupted, file)
+    fits.clear()
+    resumed, whole = run(fit, file), run(fit, None)
+    assert len(fits) == (9 - stop) + 9
+    assert torch.equal(resumed.scores, whole.scores)
+    for one, two in zip(resumed.states, whole.states, strict=True):
+        assert torch.equal(one["weight"], two["weight"])
+    lams.append(0.05)
+    with pytest.raises(ValueError, match="other lambdas"):
+        run(fit, file)
+
+
+def test_the_plots(tmp_path, cross_validated):
+    pytest.importorskip("matplotlib")
+    cross_validated[0].plot(tmp_path / "lasso.png")
+    model = linear(20)
+    regularization_path(model, L1(model, 1.0), lambda *_: None, [0.1, 0.2]).plot(tmp_path / "many.png")
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("lasso.png", "many.png"))
+
+
+def test_a_progress_bar(capsys):
+    pytest.importorskip("tqdm")
+    model = linear()
+    regularization_path(model, L1(model, 1.0), lambda *_: None, [0.1, 0.2], progress=True)
+    assert "2/2" in capsys.readouterr().err
+
+
+def test_what_makes_no_sense_is_refused():
+    model = linear()
+    penalty = L1(model, 1.0)
+    for lams, options, match in (
+        ([], {}, "empty"),
+        ([0.1, -0.1], {}, "0 or more"),
+        ([0.1], {"order": "sideways"}, "order"),
+        ([0.1], {"folds": [(None, None)]}, "go together"),
+        ([0.1], {"score": minus_mse}, "go together"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            regularization_path(model, penalty, fit, lams, **options)
+
+
+def test_the_audit_as_a_stopping_rule():
+    model = linear()
+    penalty = L1(model, 0.1)
+    fit(model, penalty, None)
+    model.weight.grad = None
+    sse(model).backward()
+    assert penalty.stationarity() < 1e-8
+    _, coefficients, _ = lasso_path(X, y, alphas=[0.1], tol=1e-14, max_iter=10**6)
+    np.testing.assert_allclose(model.weight.detach()[0].numpy(), coefficients[:, 0], atol=1e-8)

@@ -91,7 +91,7 @@ GROUPS = {
     "tensor": "tensor",
     "blocks": Blocks(6),
     "heads": Heads(2),
-    "heads of dim 1": Heads(3, dim=1),
+    "heads of dim 1": Heads(3, dim=-1),
     "singular values": SingularValues(),
 }
 GROUPED = [name for name in GROUPS if name not in ("elements", "singular values")]

@@ -13,7 +13,7 @@ from torch_regpen.groups import Blocks, Elements, Heads, SingularValues, resolve
 
 EACH = pytest.mark.parametrize("name", GROUPS)
 WITH_NORMS = pytest.mark.parametrize("name", GROUPED)
-SHAPES = [(4, 6), (2, 3, 4), (6, 3, 2, 2)]
+SHAPES = [(4, 6), (2, 4, 6), (6, 2, 2, 3)]
 
 
 def weight(shape=(4, 6), dtype=torch.float64):
@@ -67,7 +67,7 @@ def test_one_number_for_each_group_is_spread_over_its_elements(name):
 
 @pytest.mark.parametrize("name", [*GROUPED, "singular values"])
 def test_the_layout_in_memory_makes_no_difference(name):
-    w = torch.randn(6, 3, 2, 2)
+    w = torch.randn(6, 2, 2, 3)
     groups = GROUPS[name]
     for v in (w.to(memory_format=torch.channels_last), w.transpose(0, 3).contiguous().transpose(0, 3)):
         assert not v.is_contiguous()

@@ -160,6 +160,11 @@ def test_centers_follow_casts_wrappers_and_parametrizations():
     model.half()
     assert penalty().item() == pytest.approx(expected, rel=1e-2)
     model.double()
+    elsewhere = L2(copy.deepcopy(model).to("meta"), 0.5, center=state, weights={"0.weight": torch.ones(4, 3)})
+    assert elsewhere().device.type == "meta"
+    of_copy, copied = copy.deepcopy((penalty, model))
+    copied.to("meta")
+    assert of_copy().device.type == "meta"
     wrapped = nn.Module()
     wrapped.module = model
     prefixed = {f"module.{key}": value for key, value in state.items()}

@@ -23,6 +23,8 @@ def total(work: Iterable[Bundle]) -> Tensor:
     """The sum of the terms, at least one: 0-dim, float64 where any tensor is, else float32, on the first device."""
     work = list(work)
     here, cut = _by_place(work)
+    if torch.compiler.is_compiling():
+        _ = [term.lam for bundle in here for term in bundle.terms]  # first read in one node, no other could read it
     sums = [_value(bundle) for bundle in here]
     if cut:
         with _no_autocast(work[0].tensors[0]):

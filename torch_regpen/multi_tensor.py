@@ -119,7 +119,9 @@ def add_with_total_(grads: Sequence[Tensor], ws: Sequence[Tensor], linear: float
 
 def mul_(ws: Sequence[Tensor], factor: Scalar) -> None:
     """`w *= factor`."""
-    if not isinstance(factor, Tensor) and len(ws) > 1 and ws[0].device.type == "cpu":
+    if torch.compiler.is_compiling():
+        factor = _variable(factor, ws[0])
+    elif not isinstance(factor, Tensor) and len(ws) > 1 and ws[0].device.type == "cpu":
         factor = torch.tensor(factor, dtype=torch.float64)  # as exact; a number takes twice as long on small tensors
     torch._foreach_mul_(_local(ws), factor)
 
@@ -177,10 +179,17 @@ def _with_signs(
 
 
 def _add_(xs: list[Tensor], ys: list[Tensor], alpha: float) -> None:
-    if len(xs) == 1:
+    if torch.compiler.is_compiling():
+        torch._foreach_add_(xs, torch._foreach_mul(ys, _variable(alpha, ys[0])))
+    elif len(xs) == 1:
         xs[0].add_(ys[0], alpha=alpha)
     else:
         torch._foreach_add_(xs, ys, alpha=alpha)
+
+
+def _variable(x: Scalar, like: Tensor) -> Tensor:
+    """A number as torch.compile can take it as one that may change; an argument it would compile in, each anew."""
+    return x * like.new_ones((), dtype=working_dtype(like.dtype))
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:
@@ -211,6 +220,8 @@ def _shrinks_in_place(ws: Sequence[Tensor], t: Scalar) -> bool:
 def _soft_threshold_(some: list[Tensor], t: Scalar) -> None:
     w = _joined(some)
     x = w.to(working_dtype(w.dtype))
+    if torch.compiler.is_compiling():
+        t = _variable(t, x)
     clamped = torch.clamp(x, -t, t)  # type: ignore[arg-type]  # both numbers, or both tensors
     if x is w:
         torch._foreach_sub_(some, _parted(clamped, some))

@@ -10,6 +10,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
+def shared_folder():
+    """A folder that all ranks see."""
+    return Path(os.environ["SHARED_FOLDER"])
+
+
 def failures_on(world, checks, folder):
     """The tracebacks of each check, by its name, from the ranks on which it failed: none where it passed on all."""
     folder = Path(folder)
@@ -22,20 +27,24 @@ def failures_on(world, checks, folder):
 
 def _rank(rank, world, checks, folder):
     # What torchrun sets, for those who ask; the ranks meet in a file, so that no port has to be free.
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "SHARED_FOLDER": str(folder)}
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
+    in_step = True
     for check in checks:
         torch.manual_seed(0)
         try:
+            if not in_step:
+                raise RuntimeError("not run: the ranks are out of step after a check that failed on some of them")
             check()
         except Exception:
             (folder / f"{check.__name__}.rank{rank}").write_text(f"rank {rank} of {world}\n{traceback.format_exc()}")
         try:
-            dist.barrier()
-        except RuntimeError:  # after a check that failed on some ranks only
-            break
-    if dist.is_initialized():
+            if in_step:
+                dist.barrier()
+        except RuntimeError:
+            in_step = False
+    if in_step:
         dist.destroy_process_group()

@@ -9,8 +9,15 @@ from functools import cache
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import failures_on
+import torch.distributed.checkpoint as dcp
+from ranks import failures_on, shared_folder
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -454,6 +461,56 @@ def ddp_trains_as_one_process():
         assert_same_weights(model, alone, what=mode)
 
 
+def checkpoints_of_shards_go_on_in_other_shards_and_in_one_process():
+    class WithPenalty(nn.Module):
+        def __init__(self, lam):
+            super().__init__()
+            self.net = network()
+            self.penalty = L1(self.net, lam) + GroupLasso(self.net, lam, groups="input")
+
+        def forward(self, x):
+            return self.net(x)
+
+    def run(shard, mode, lam=LAM):
+        model = WithPenalty(lam)
+        if shard is not None:
+            shard(model)
+        adam = torch.optim.Adam(model.parameters(), lr=0.05)
+        return model, RegularizedOptimizer(adam, model.penalty, mode)
+
+    def steps(model, optimizer, numbers, rows):
+        for number in numbers:
+            x, y = batch(number, rows)
+            optimizer.zero_grad()
+            (model(x) - y).square().mean().backward()
+            optimizer.step()
+
+    def state(model, optimizer):
+        return {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+
+    def load(model, optimizer, folder, **kw):
+        loaded = state(model, optimizer)
+        dcp.load(loaded, checkpoint_id=folder, **kw)
+        set_model_state_dict(model, loaded["model"])
+        set_optimizer_state_dict(model, optimizer, loaded["optimizer"])
+        assert [part.lam for part in model.penalty.parts] == [LAM, LAM]
+
+    for mode in MODES:
+        folder = shared_folder() / mode
+        straight = run(lambda model: sharded(model.net) and fully_shard(model), mode)
+        steps(*straight, (0, 1, 2), own_rows())
+        dcp.save(state(*straight), checkpoint_id=folder)
+        steps(*straight, (3, 4), own_rows())
+        resumed = run(fully_shard, mode, lam=7.0)
+        load(*resumed, folder)
+        steps(*resumed, (3, 4), own_rows())
+        alone = run(None, mode, lam=7.0)
+        load(*alone, folder, no_dist=True)
+        steps(*alone, (3, 4), slice(None))
+        for model in (straight[0], resumed[0]):
+            assert_same_weights(model, alone[0], what=mode)
+
+
 def tensor_parallel(model, mesh=None):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if mesh is None else mesh
     plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
@@ -510,6 +567,7 @@ ON_TWO = [
     weights_that_stay_gathered_after_backward_are_penalized_where_the_optimizer_sees_them,
     accumulated_and_clipped_gradients_have_the_penalty_once,
     ddp_trains_as_one_process,
+    checkpoints_of_shards_go_on_in_other_shards_and_in_one_process,
     tensor_parallelism_trains_as_one_process,
 ]
 ON_FOUR = [

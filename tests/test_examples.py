@@ -52,19 +52,11 @@ def test_existing_loop(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_compare_weight_decay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run("compare_weight_decay.py", "--seeds", "2", "--epochs", "3", "--logdir", str(tmp_path))
-    rows = {line[:20].strip(): line[20:].split() for line in capsys.readouterr().out.splitlines()}
+    pytest.importorskip("scipy")
+    run("compare_weight_decay.py", "--seeds", "2", "--epochs", "1", "--logdir", str(tmp_path))
+    rows = {line[:22].strip(): line[22:].split() for line in capsys.readouterr().out.splitlines()}
     assert float(rows["weight_decay"][0]) > 0  # lambda
-    assert rows["weight_decay"][:-1] == rows["L2 coupled"][:-1]  # all but the time
+    assert rows["L2 coupled"][:7] == rows["weight_decay"][:7]
     assert is_png(tmp_path / "compare_weight_decay.png")
-
-    folders = sorted(folder.name for folder in tmp_path.iterdir() if folder.is_dir())
-    assert len(folders) == 10
-    tags = []
-    for folder in folders:
-        events = EventAccumulator(str(tmp_path / folder), size_guidance={"histograms": 0}).Reload()
-        assert len(events.Histograms("weights/hidden1.weight")) == 3
-        tags.append((sorted(events.Tags()["histograms"]), sorted(events.Tags()["scalars"])))
-    assert all(tag == tags[0] for tag in tags)  # so the runs overlay
+    assert len((tmp_path / "compare_weight_decay.csv").read_text().splitlines()) == 1 + 2 * (1 + 15 * 8)
+    assert len(list((tmp_path / "chosen").iterdir())) == 16

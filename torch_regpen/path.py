@@ -211,7 +211,7 @@ def regularization_path(
     done = _Checkpoint(checkpoint, path)
     runs = list(enumerate([(None, None), *splits]))
     jobs = [(run, train, test, step) for run, (train, test) in runs for step in range(len(path.lams))]
-    for run, train, test, step in _with_progress_bar(jobs) if progress else jobs:
+    for run, train, test, step in with_progress_bar(jobs, "regularization path") if progress else jobs:
         if step == 0:
             model.load_state_dict(start)
         penalty.lam = path.lams[step]
@@ -261,10 +261,11 @@ def _copied(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-def _with_progress_bar(jobs: list[Any]) -> Iterable[Any]:
+def with_progress_bar(jobs: list[Any], name: str) -> Iterable[Any]:
+    """The jobs, with a bar that shows how many are done."""
     try:
         from tqdm import tqdm
     except ImportError as error:
         raise ImportError('progress=True needs tqdm: pip install "torch_regpen[examples]"') from error
-    bar: Iterable[Any] = tqdm(jobs, desc="regularization path")
+    bar: Iterable[Any] = tqdm(jobs, desc=name)
     return bar

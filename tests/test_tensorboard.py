@@ -366,12 +366,25 @@ def test_no_loss_is_so_bad_that_it_stops_a_run(board, loss, ratio):
     assert board.scalar("penalty/ratio") == pytest.approx(ratio, nan_ok=True)
 
 
-def test_a_loss_that_is_none_is_refused(board):
+@pytest.mark.parametrize("name", ["loss", "stationarity"])
+def test_a_loss_or_distance_that_is_none_is_refused(board, name):
     logger = WeightLogger(board.writer, L1([torch.ones(3, requires_grad=True)], 0.1))
-    with pytest.raises(ValueError, match=r"\(4,\).*one element"):
-        logger.step(loss=torch.ones(4))
-    with pytest.raises(ValueError, match="bare model"):
-        WeightLogger(board.writer, nn.Linear(2, 2)).step(loss=1.0)
+    with pytest.raises(ValueError, match=rf"{name} has shape \(4,\).*one element"):
+        logger.step(**{name: torch.ones(4)})
+    with pytest.raises(ValueError, match=f"{name}= .*bare model"):
+        WeightLogger(board.writer, nn.Linear(2, 2)).step(**{name: 1.0})
+
+
+def test_the_distance_to_a_stationary_point_is_shown_as_it_was_at_the_gradient(board):
+    w = torch.ones(3, requires_grad=True)
+    penalty = L1([w], 0.1)
+    optimizer = torch.optim.SGD([w], lr=0.5)
+    logger = WeightLogger(board.writer, penalty)
+    w.square().sum().backward()
+    stationarity = penalty.stationarity()
+    optimizer.step()
+    logger.step(stationarity=stationarity)
+    assert board.scalar("penalty/stationarity") == pytest.approx(2.1)
 
 
 def test_of_a_penalty_its_value_its_lambda_and_its_parameters_are_written(board):

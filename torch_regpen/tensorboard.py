@@ -38,7 +38,8 @@ class WeightLogger:
       are any, `nonfinite/NAME`, how many elements are NaN or infinite;
     - over all these parameters, `sparsity/total`, and `norm/l1` and `norm/l2` of the finite elements;
     - of a penalty, `penalty/value`, what `penalty()` returns, and `penalty/lam`; if it has several parameter groups or
-      is a sum, `penalty/lam/0`, `penalty/lam/1`, ..., in their order; and `penalty/ratio`, if `step()` gets the loss.
+      is a sum, `penalty/lam/0`, `penalty/lam/1`, ..., in their order; `penalty/ratio`, if `step()` gets the loss; and
+      `penalty/stationarity`, if it gets that.
 
     The bins are symmetric about zero and logarithmic in `|w|`, 8 for each factor of 2, down to the smallest number
     there is; exact zeros have a bin of their own, of width 0, and the first and last bin end where the weights end.
@@ -48,9 +49,10 @@ class WeightLogger:
     To resume a run, pass the step, `logger.step(global_step)`, and open the writer with `purge_step=global_step`. For
     several writers, make a logger for each.
 
-    `penalty.stationarity()` is not written: it is about the gradient of the plain loss at the present weights. After
-    `optimizer.step()` there is none: `.grad` is that of the weights before, often of one batch, and holds the penalty's
-    part if that is in the loss or coupled. Write it yourself, after `backward()` of the plain loss over all data.
+    `penalty.stationarity()` is about the gradient of the plain loss at the present weights, which after
+    `optimizer.step()` is gone: `.grad` is that of the weights before, often of one batch, and holds the penalty's part
+    if that is in the loss or coupled. So take it right after `backward()` of the plain loss, of all data if you can,
+    and hand it to `step()`.
 
     Args:
         writer: a `torch.utils.tensorboard.SummaryWriter`, or anything with its `add_scalar` and `add_histogram_raw`;
@@ -100,7 +102,13 @@ class WeightLogger:
         self._meant()  # raises where there is something wrong with the source or with select
 
     @torch.no_grad()
-    def step(self, global_step: int | None = None, *, loss: float | Tensor | None = None) -> None:
+    def step(
+        self,
+        global_step: int | None = None,
+        *,
+        loss: float | Tensor | None = None,
+        stationarity: float | Tensor | None = None,
+    ) -> None:
         """Write, if `global_step` is a multiple of `every`.
 
         Args:
@@ -108,10 +116,11 @@ class WeightLogger:
                 0 at first.
             loss: the loss of this step without the penalty, a number or a tensor with one element; then `penalty/ratio`
                 is written too, the penalty's value divided by it.
+            stationarity: what `penalty.stationarity()` gave; then `penalty/stationarity` is written too.
 
         Raises:
             TypeError: `global_step` is no whole number.
-            ValueError: `loss` has several elements, or is given where there is no penalty.
+            ValueError: `loss` or `stationarity` has several elements, or is given where there is no penalty.
         """
         step = self._next if global_step is None else operator.index(global_step)
         self._next = step + 1
@@ -123,8 +132,9 @@ class WeightLogger:
         if isinstance(self.source, Penalty):
             rows["penalty/value"] = self.source().reshape(1)
             lams = [float(group["lam"]) for group in self.source.param_groups]
-        if loss is not None:
-            rows["loss"] = self._checked(loss)
+        for name, number in {"loss": loss, "stationarity": stationarity}.items():
+            if number is not None:
+                rows[name] = self._checked(name, number)
         meant = self._meant()
         for name, (w, groups) in meant.items():
             if self.writer is not None or isinstance(w, DTensor):
@@ -138,14 +148,16 @@ class WeightLogger:
             named = {name: w for name, (w, _) in meant.items()}
             _write(self.writer, step, lams, named, dict(zip(rows, split, strict=True)))
 
-    def _checked(self, loss: float | Tensor) -> Tensor:
-        """The loss, as a tensor with one dimension."""
+    def _checked(self, name: str, number: float | Tensor) -> Tensor:
+        """A number about the penalty, as a tensor with one dimension."""
         if not isinstance(self.source, Penalty):
-            raise ValueError("loss= is for the ratio of a penalty to it; this logger has a bare model: leave it out")
-        loss = torch.as_tensor(loss)
-        if loss.numel() != 1:
-            raise ValueError(f"loss has shape {tuple(loss.shape)}; allowed is a number, or a tensor with one element")
-        return loss.reshape(1)
+            raise ValueError(f"{name}= is about a penalty; this logger has a bare model: leave it out")
+        number = torch.as_tensor(number)
+        if number.numel() != 1:
+            raise ValueError(
+                f"{name} has shape {tuple(number.shape)}; allowed is a number, or a tensor with one element"
+            )
+        return number.reshape(1)
 
     def _meant(self) -> dict[str, tuple[Tensor, Grouping | None]]:
         """The parameters that are meant now, by their names on the board, and the groups of each that may be dead."""
@@ -173,6 +185,8 @@ def _write(
         scalars |= {f"penalty/lam/{i}" if len(lams) > 1 else "penalty/lam": lam for i, lam in enumerate(lams)}
         if "loss" in numbers:
             scalars["penalty/ratio"] = (value / numbers["loss"]).item()
+        if "stationarity" in numbers:
+            scalars["penalty/stationarity"] = numbers["stationarity"].item()
     zeros = elements = l1 = squares = 0.0
     for name, w in named.items():
         row = numbers[f"weights/{name}"]

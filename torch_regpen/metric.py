@@ -186,7 +186,8 @@ def _cap(group: Group, momentum: float = 0.0) -> float | Tensor:
 RULES: dict[type[Optimizer], Callable[[Tensor, State, Group], Step | RootStep]] = {
     optim.SGD: _sgd,
     optim.ASGD: _asgd,
-    optim.Adam: _adam,  # and AdamW
+    optim.Adam: _adam,
+    optim.AdamW: _adam,
     optim.NAdam: _adam,
     optim.SparseAdam: _sparse_adam,
     optim.RAdam: _radam,
@@ -199,9 +200,10 @@ RULES: dict[type[Optimizer], Callable[[Tensor, State, Group], Step | RootStep]] 
 
 WITHOUT: dict[type[Optimizer], str] = {
     optim.Rprop: "steps by the sign of the gradient, whatever its size",
-    optim.Muon: "makes the gradient of a matrix orthogonal, whatever its size",
     optim.LBFGS: "steps in the metric of its approximate Hessian",
 }
+if hasattr(optim, "Muon"):  # since torch 2.9
+    WITHOUT[optim.Muon] = "makes the gradient of a matrix orthogonal, whatever its size"
 
 
 def _rule(optimizer: Optimizer) -> Callable[[Tensor, State, Group], Step | RootStep] | None:

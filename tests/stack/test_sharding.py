@@ -93,6 +93,13 @@ GATHERED = {
 
 ALL = PENALTIES | GATHERED
 FEW = ("L1", "columns", "sum", "orthogonal")  # for loops with a forward
+# One for each way in which shards are put together.
+EACH_WAY = ("L1", "rows", "columns", "row weights", "sum", "blocks")
+
+
+def kinds():
+    """All on two ranks; on more, which all share the machine, one for each way."""
+    return {name: penalty_on for name, penalty_on in ALL.items() if dist.get_world_size() == 2 or name in EACH_WAY}
 
 
 def network(dtype=torch.float64):
@@ -251,9 +258,9 @@ def fsdp_trains_as_one_process():
 
 
 def each_kind_steps_on_shards_as_in_one_process():
-    every = dist.get_world_size() == 2
-    assert_trains_alike(sharded, step_alone, ALL, MODES if every else ["proximal"], [SGD])
-    assert_trains_alike(sharded, step_alone, ALL if every else FEW, ["proximal"], [ADAM])
+    assert_trains_alike(sharded, step_alone, kinds(), ("coupled", "decoupled", "proximal"), [SGD])
+    assert_trains_alike(sharded, step_alone, kinds(), ["proximal"], [ADAM])
+    assert_trains_alike(sharded, step_alone, EACH_WAY, ["dual"], [SGD])
 
 
 def every_optimizer_steps_in_its_own_metric_on_shards():
@@ -355,7 +362,9 @@ def frozen_zeros_hold_on_shards():
 
 
 def stationarity_is_the_largest_over_all_ranks():
-    for name, penalty_on in (PENALTIES | {k: v for k, v in GATHERED.items() if k != "orthogonal"}).items():
+    for name, penalty_on in kinds().items():
+        if name == "orthogonal":
+            continue
         distances = []
         for m, rows in ((network(), slice(None)), (sharded(network()), own_rows())):
             penalty = penalty_on(m)
@@ -390,7 +399,7 @@ def summary_and_logger_are_called_by_every_rank():
         def add_histogram_raw(self, tag, num, **kw):
             self.seen[tag] = num
 
-    for penalty_on in [*PENALTIES.values(), *GATHERED.values()]:
+    for penalty_on in kinds().values():
         tables, written = [], []
         for m in (network(), sharded(network())):
             penalty = penalty_on(m)

@@ -66,6 +66,8 @@ def test_a_lambda_that_is_negative_or_not_finite_is_refused(lam):
     penalty = L1(network(), LAM)
     with pytest.raises(ValueError, match="lam"):
         penalty.lam = lam
+    with pytest.raises(ValueError, match="lam"):
+        penalty.param_groups[0]["lam"] = lam
     assert penalty.lam == LAM
 
 
@@ -611,6 +613,11 @@ def test_summary_counts_whole_groups_that_are_zero():
     assert counts(GroupLasso(model, LAM)) == ["2", "0"]
     assert counts(GroupLasso(model, LAM, groups="input")) == ["0", "0"]
     assert counts(L1(model, LAM)) == ["-", "-"]
+
+
+def test_summary_on_the_meta_device_says_what_is_selected():
+    penalty = L1(network("meta"), LAM)
+    assert [row[0] for row in rows(penalty)] == [name for name, _ in penalty.named_parameters_penalized()]
 
 
 def test_summary_of_a_sum_and_of_nothing():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -225,6 +226,22 @@ def test_it_goes_on_from_its_state_to_the_last_bit(digits, mode):
         x.load_state_dict(state)
     trained(digits, resumed, *others, first=60, last=100)
     for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda objects: pickle.loads(pickle.dumps(objects))])
+@pytest.mark.parametrize("mode", ["coupled", "proximal", "dual"])
+def test_a_copy_with_its_model_and_optimizer_goes_on_alike(digits, mode, way):
+    torch.manual_seed(0)
+    model = mlp()
+    wrapped = RegularizedOptimizer(sgd(model), L1(model, 1e-4), mode)
+    schedule = TargetSparsity(wrapped, 0.9, steps=STEPS, every=7)
+    trained(digits, model, wrapped, schedule, last=20)
+    twin, *others = way((model, wrapped, schedule))
+    trained(digits, model, wrapped, schedule, first=20, last=50)
+    trained(digits, twin, *others, first=20, last=50)
+    assert others[1].factor == schedule.factor
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p, q)
 
 

@@ -1,19 +1,14 @@
 """What WeightLogger writes, read back from the event files with TensorBoard's own reader; the oracle is numpy."""
 
 import math
-import socket
-import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from copies import LargestCopy
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from torch_regpen import (
     L0,
@@ -580,44 +575,3 @@ def test_something_that_is_neither_penalty_nor_model_is_refused(source):
 def test_every_must_be_a_positive_int(every, error):
     with pytest.raises(error, match=rf"every={every}.*int, 1 or more"):
         WeightLogger(None, nn.Linear(2, 2), every=every)
-
-
-# Sharded parameters
-
-
-def _log_sharded(rank, path, port, whole):
-    torch.set_num_threads(1)  # a forked process cannot use the threads of its parent
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
-    model = nn.Module()
-    for name, placement in {"sharded": Shard(0), "replicated": Replicate()}.items():
-        model.register_parameter(name, nn.Parameter(distribute_tensor(whole, mesh, [placement])))
-    model.register_parameter("columns", nn.Parameter(distribute_tensor(whole, mesh, [Shard(1)])))
-    model.register_parameter("one_row", nn.Parameter(distribute_tensor(whole[:1], mesh, [Shard(0)])))
-    model.register_parameter("plain", nn.Parameter(whole.clone()))
-    writer = SummaryWriter(path) if rank == 0 else None
-    WeightLogger(writer, L1(model, 0.1)).step()
-    for step, groups in enumerate(["output", "input", Blocks(4)], start=1):
-        WeightLogger(writer, GroupLasso(model, 0.1, groups=groups)).step(step)
-    if writer is not None:
-        writer.close()
-    dist.destroy_process_group()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="forks, since a process that imports torch anew takes seconds")
-def test_sharded_parameters_are_counted_over_all_ranks(board):
-    whole = normal(5, 4)
-    whole[0, :2] = whole[2:4] = whole[:, 3] = 0
-    whole[4, 0], whole[4, 1], whole[1, 1] = 3.0, math.nan, -2.0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(_log_sharded, args=(board.path, port, whole), nprocs=2, start_method="fork")
-    for name in ("sharded", "columns", "replicated", "plain"):
-        assert_histogram_is_of(board, whole.double().numpy().ravel(), name)
-        assert board.histogram(name).max == 3
-        assert board.scalar(f"nonfinite/{name}") == 1
-        assert board.scalar(f"sparsity/{name}") == pytest.approx((whole == 0).sum() / 20)
-        dead = [event.value for event in board.read().Scalars(f"dead_groups/{name}")]
-        assert dead == pytest.approx([2 / 5, 2 / 5, 1 / 4, 2 / 5])
-    assert_histogram_is_of(board, whole[0].double().numpy(), "one_row")

@@ -51,11 +51,11 @@ def to_latent(parameter: Tensor, state: State, known: Tensor | None) -> None:
     if LATENT not in state:
         return
     w, twin = local(parameter), local(state[LATENT])
-    latent = _read_now(twin).clone()
+    steps = local(state[STEPS])
     if known is not None:
-        changed = fingerprint(parameter) != known
-        latent = torch.where(changed, w.to(twin.dtype), latent)
-        local(state[STEPS]).masked_fill_(changed, 0)
+        steps.masked_fill_(fingerprint(parameter) != known, 0)
+    # Without a step it is where the weights are: so it is for a twin that was not in the checkpoint they come from.
+    latent = torch.where(steps == 0, w.to(twin.dtype), _read_now(twin))
     twin.copy_(_read_now(w))
     w.copy_(latent)
 

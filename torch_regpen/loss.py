@@ -94,6 +94,7 @@ class _EagerValue(_Value):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         _mark(ctx.bundle)
+        g = sharding.everywhere(g)  # the loss that it was added to may be a DTensor
         ws = ctx.saved_tensors
         differentiated = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
         batched = torch._C._functorch.is_legacy_batchedtensor(g)

@@ -100,7 +100,7 @@ class Penalty(nn.Module):
         self.seen = {"in_loss": False}  # whether autograd went through it; an optimizer that has it looks, and warns
         default = checked_lam(lam)
         for group in _as_groups(params):
-            self.param_groups.append({**group, "lam": checked_lam(group.get("lam", default))})
+            self.param_groups.append(_Group(group, lam=group.get("lam", default)))
             self._slots.append(select_slots(group["params"], group.get("select", select)))
         self._centered = False
         self._found: _Found | None = None
@@ -149,7 +149,6 @@ class Penalty(nn.Module):
 
     @lam.setter
     def lam(self, lam: float) -> None:
-        lam = checked_lam(lam)
         for group in self.param_groups:
             group["lam"] = lam
 
@@ -350,7 +349,7 @@ class Penalty(nn.Module):
         if len(lams) != len(self.param_groups):
             raise ValueError(f"the state has lambdas for {len(lams)} groups, the penalty has {len(self.param_groups)}")
         for group, lam in zip(self.param_groups, lams, strict=True):
-            group["lam"] = checked_lam(lam)
+            group["lam"] = lam
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A checkpoint from before the penalty was part of the model has no lambda, and loads all the same.
@@ -437,6 +436,17 @@ class Sum(Penalty):
     def extra_repr(self) -> str:
         """Nothing beside its parts."""
         return ""
+
+
+class _Group(dict[str, Any]):
+    """A parameter group, which takes no lambda that is none."""
+
+    def __init__(self, group: dict[str, Any], lam: float) -> None:
+        super().__init__(group)
+        self["lam"] = lam
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, checked_lam(value) if key == "lam" else value)
 
 
 class _Found:

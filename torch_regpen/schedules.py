@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .groups import Elements
 from .optim import RegularizedOptimizer
-from .penalty import Penalty, checked_lam
+from .penalty import Penalty
 from .sharding import everywhere
 from .terms import Term, by_tensor, prox
 
@@ -88,13 +88,17 @@ class CosineRamp(LamScheduler):
 
 def _scale(penalty: Penalty, base: list[float], factor: float) -> None:
     for group, lam in zip(penalty.param_groups, base, strict=True):
-        group["lam"] = checked_lam(lam * factor)
+        group["lam"] = lam * factor
 
 
 def _checked_count(name: str, value: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a whole number, 1 or more, not {value!r}")
     return value
+
+
+def _cubic(x: float) -> float:
+    return 1.0 - (1.0 - x) ** 3
 
 
 class TargetSparsity:
@@ -131,7 +135,7 @@ class TargetSparsity:
         *,
         steps: int,
         every: int | None = None,
-        ramp: Callable[[float], float] = lambda x: 1 - (1 - x) ** 3,
+        ramp: Callable[[float], float] = _cubic,
     ) -> None:
         if not 0 <= target < 1:
             raise ValueError(f"target must be a fraction from 0 to less than 1, not {target}")
@@ -150,8 +154,15 @@ class TargetSparsity:
         self.factor = FEEDBACK_START
         self.sparsity = 0.0
         self._set()
+        self._attach()
+
+    def _attach(self) -> None:
         if self.optimizer is not None:
             self.optimizer.optimizer.register_step_post_hook(self._read_off)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._attach()  # hooks do not come along with a copy of the optimizer
 
     def step(self) -> None:
         """One step further, after `optimizer.step()`."""

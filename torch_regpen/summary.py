@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -31,9 +32,10 @@ def summary_table(terms: list[Term]) -> str:
         numbers = [whole.value(whole.tensor), (whole.tensor == 0).sum(), (u == 0).sum()]
         counts.append(torch.stack([number.double() for number in numbers]).to(terms[0].tensor.device))
         sizes.append(u.numel())
-    numbers = torch.stack(counts).tolist() if counts else []
+    unknown = [[math.nan] * 3] * len(counts)  # on the meta device
+    found = unknown if not counts or counts[0].is_meta else torch.stack(counts).tolist()
     rows = [HEADER]
-    for term, (value, zeros, zero_groups), size in zip(terms, numbers, sizes, strict=True):
+    for term, (value, zeros, zero_groups), size in zip(terms, found, sizes, strict=True):
         rows.append(
             (
                 term.name,

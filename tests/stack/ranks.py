@@ -1,6 +1,8 @@
 """Checks that run on several processes, which form a gloo process group: many checks for one start of the processes."""
 
+import multiprocessing
 import os
+import sys
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +20,10 @@ def shared_folder():
 def failures_on(world, checks, folder):
     """The tracebacks of each check, by its name, from the ranks on which it failed: none where it passed on all."""
     folder = Path(folder)
-    mp.spawn(_rank, (world, checks, folder), nprocs=world)
+    # The ranks are forked off a server, which imports what they need once for all of them, from where we import it.
+    multiprocessing.set_forkserver_preload([checks[0].__module__])
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    mp.start_processes(_rank, (world, checks, folder), nprocs=world, start_method="forkserver")
     return {
         check.__name__: "\n".join(path.read_text() for path in sorted(folder.glob(f"{check.__name__}.rank*")))
         for check in checks

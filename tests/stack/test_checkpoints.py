@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
 from training import assert_same, data
 
 from torch_regpen import L1, L2, RegularizedOptimizer
-from torch_regpen.schedules import LinearRamp
+from torch_regpen.schedules import LinearRamp, TargetSparsity
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -37,13 +37,13 @@ class Network(nn.Module):
 class Run:
     """All that a training has that a checkpoint must hold."""
 
-    def __init__(self, mode, seed=0):
+    def __init__(self, mode, seed=0, schedule=None):
         self.model = Network(seed)
         self.bare = torch.optim.AdamW(self.model.parameters(), lr=0.01, weight_decay=0.0)
         self.optimizer = self.bare
         if mode is not None:
             self.optimizer = RegularizedOptimizer(self.bare, self.model.penalty, mode)
-        self.schedule = LinearRamp(self.model.penalty, 10)
+        self.schedule = schedule(self.optimizer) if schedule else LinearRamp(self.model.penalty, 10)
 
     def train(self, steps):
         x, y = data(torch.empty(0))
@@ -64,9 +64,9 @@ class Run:
     def save(self, folder):
         dcp.save(self.state_dict(), checkpoint_id=folder)
 
-    def load(self, folder):
+    def load(self, folder, **kw):
         state = self.state_dict()
-        dcp.load(state, checkpoint_id=folder)
+        dcp.load(state, checkpoint_id=folder, **kw)
         set_model_state_dict(self.model, state["model"])
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
         return self
@@ -143,6 +143,31 @@ def test_a_checkpoint_of_the_dual_mode_loads_into_the_bare_optimizer(tmp_path):
     assert all("latent" not in state for state in bare.optimizer.state.values())
     for p, q in zip(bare.model.parameters(), saved.model.parameters(), strict=True):
         assert torch.equal(bare.optimizer.state[p]["exp_avg"], saved.optimizer.state[q]["exp_avg"])
+
+
+def test_a_checkpoint_of_the_bare_optimizer_starts_the_dual_mode_where_its_weights_are(tmp_path):
+    """What the mode adds is not in the checkpoint, so the planner must allow for that."""
+    saved = Run(None).train(3)
+    saved.save(tmp_path)
+    wrapped = Run("dual", seed=1).load(tmp_path, planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
+    assert_same(wrapped.model, saved.model)
+    wrapped.train(1)
+    saved.train(1)
+    for p, q in zip(wrapped.model.parameters(), saved.model.parameters(), strict=True):
+        assert torch.equal(wrapped.optimizer.state[p]["latent"], q)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_schedule_that_steers_by_the_weights_goes_on_bit_for_bit(mode, tmp_path):
+    def run(seed=0):
+        return Run(mode, seed, lambda optimizer: TargetSparsity(optimizer, 0.9, steps=8, every=1))
+
+    straight = run().train(3)
+    straight.save(tmp_path)
+    straight.train(5)
+    resumed = run(seed=1).load(tmp_path).train(5)
+    assert resumed.lams() == straight.lams()
+    assert_same(resumed.model, straight.model)
 
 
 def test_a_checkpoint_from_before_the_penalty_was_part_of_the_model_loads(tmp_path):

@@ -86,13 +86,17 @@ def stepped(make, mode, backend):
 @pytest.mark.parametrize(
     ("make", "mode", "backend"),
     [
-        *((sgd, mode, "inductor") for mode in MODES),
+        *((make, mode, "aot_eager") for make in (sgd, adamw) for mode in ("coupled", "decoupled")),
+        *((sgd, mode, "inductor") for mode in ("proximal", "dual")),
         (adamw, "proximal", "inductor"),
-        *((adamw, mode, "aot_eager") for mode in ("coupled", "decoupled", "dual")),  # inductor takes its time
+        (adamw, "dual", "aot_eager"),
     ],
 )
 def test_a_compiled_step_is_the_eager_one(make, mode, backend):
-    """AdamW's own compiled step differs from its eager one by some 1e-6."""
+    """AdamW's own compiled step differs from its eager one by some 1e-6.
+
+    Inductor's kernels take seconds each: what the others need is in these, or in that of the loss.
+    """
     expected = stepped(make, mode, None)
     torch.compiler.set_stance("default")
     torch.testing.assert_close(stepped(make, mode, backend), expected, rtol=1e-4, atol=1e-5, equal_nan=True)

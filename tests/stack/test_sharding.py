@@ -4,6 +4,7 @@ The checks run on two and on four processes, all in one process group; each is a
 """
 
 import itertools
+from contextlib import nullcontext
 from functools import cache
 
 import pytest
@@ -20,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -92,6 +93,13 @@ GATHERED = {
 
 ALL = PENALTIES | GATHERED
 FEW = ("L1", "columns", "sum", "orthogonal")  # for loops with a forward
+# One for each way in which shards are put together.
+EACH_WAY = ("L1", "rows", "columns", "row weights", "sum", "blocks")
+
+
+def kinds():
+    """All on two ranks; on more, which all share the machine, one for each way."""
+    return {name: penalty_on for name, penalty_on in ALL.items() if dist.get_world_size() == 2 or name in EACH_WAY}
 
 
 def network(dtype=torch.float64):
@@ -250,9 +258,9 @@ def fsdp_trains_as_one_process():
 
 
 def each_kind_steps_on_shards_as_in_one_process():
-    every = dist.get_world_size() == 2
-    assert_trains_alike(sharded, step_alone, ALL, MODES if every else ["proximal"], [SGD])
-    assert_trains_alike(sharded, step_alone, ALL if every else FEW, ["proximal"], [ADAM])
+    assert_trains_alike(sharded, step_alone, kinds(), ("coupled", "decoupled", "proximal"), [SGD])
+    assert_trains_alike(sharded, step_alone, kinds(), ["proximal"], [ADAM])
+    assert_trains_alike(sharded, step_alone, EACH_WAY, ["dual"], [SGD])
 
 
 def every_optimizer_steps_in_its_own_metric_on_shards():
@@ -354,7 +362,9 @@ def frozen_zeros_hold_on_shards():
 
 
 def stationarity_is_the_largest_over_all_ranks():
-    for name, penalty_on in (PENALTIES | {k: v for k, v in GATHERED.items() if k != "orthogonal"}).items():
+    for name, penalty_on in kinds().items():
+        if name == "orthogonal":
+            continue
         distances = []
         for m, rows in ((network(), slice(None)), (sharded(network()), own_rows())):
             penalty = penalty_on(m)
@@ -389,7 +399,7 @@ def summary_and_logger_are_called_by_every_rank():
         def add_histogram_raw(self, tag, num, **kw):
             self.seen[tag] = num
 
-    for penalty_on in [*PENALTIES.values(), *GATHERED.values()]:
+    for penalty_on in kinds().values():
         tables, written = [], []
         for m in (network(), sharded(network())):
             penalty = penalty_on(m)
@@ -405,6 +415,51 @@ def summary_and_logger_are_called_by_every_rank():
             assert all(written[1][tag] == pytest.approx(value, rel=1e-6) for tag, value in written[0].items())
 
 
+def the_board_counts_over_all_ranks():
+    """What plain tensors have there is in test_tensorboard.py."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    mesh = init_device_mesh("cpu", (2,))
+    values = torch.randn(5, 4)
+    values[0, :2] = values[2:4] = values[:, 3] = 0
+    values[4, 0], values[4, 1], values[1, 1] = 3.0, torch.nan, -2.0
+    boards = []
+    for plain in (True, False):
+        model = nn.Module()
+        for name, tensor, placement in (
+            ("rows", values, Shard(0)),
+            ("columns", values, Shard(1)),
+            ("replicas", values, Replicate()),
+            ("one_row", values[:1], Shard(0)),
+        ):
+            w = tensor.clone() if plain else distribute_tensor(tensor, mesh, [placement])
+            model.register_parameter(name, nn.Parameter(w))
+        model.register_parameter("plain", nn.Parameter(values.clone()))
+        folder = str(shared_folder() / ("plain" if plain else "sharded"))
+        writer = SummaryWriter(folder) if dist.get_rank() == 0 else None
+        WeightLogger(writer, L1(model, 0.1)).step()
+        for step, groups in enumerate(("output", "input", Blocks(4)), start=1):
+            WeightLogger(writer, GroupLasso(model, 0.1, groups=groups)).step(step)
+        if writer is not None:
+            writer.close()
+            board = EventAccumulator(folder, size_guidance={"scalars": 0, "histograms": 0}).Reload()
+            scalars = {
+                (tag, event.step): event.value for tag in board.Tags()["scalars"] for event in board.Scalars(tag)
+            }
+            histograms = {
+                (tag, event.step): [getattr(event.histogram_value, name) for name in ("bucket_limit", "bucket")]
+                for tag in board.Tags()["histograms"]
+                for event in board.Histograms(tag)
+            }
+            boards.append((scalars, histograms))
+    if dist.get_rank() == 0:
+        (scalars, histograms), (of_shards, histograms_of_shards) = boards
+        assert of_shards == pytest.approx(scalars, rel=1e-6, nan_ok=True)
+        assert {"dead_groups/rows", "nonfinite/columns", "sparsity/one_row"} <= {tag for tag, _ in scalars}
+        assert histograms_of_shards == histograms
+
+
 def weights_materialized_after_sharding_are_penalized():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3)).double()
@@ -413,7 +468,7 @@ def weights_materialized_after_sharding_are_penalized():
     model.to_empty(device="cpu")
     with torch.no_grad():
         for p, q in zip(model.parameters(), network().parameters(), strict=True):
-            p.copy_(dist.tensor.distribute_tensor(q, p.device_mesh, p.placements))
+            p.copy_(distribute_tensor(q, p.device_mesh, p.placements))
     alone = network()
     train(alone, L1(alone, LAM) + GroupLasso(alone, LAM, groups="input"), optimizer_of(ADAM, alone), "proximal")
     train(model, penalty, optimizer_of(ADAM, model), "proximal", own_rows())
@@ -458,6 +513,22 @@ def ddp_trains_as_one_process():
         wrapped = DistributedDataParallel(model)
         penalty = L1(wrapped, LAM) + GroupLasso(wrapped, LAM)  # of the wrapper or of the model in it
         train(wrapped, penalty, optimizer_of(ADAM, wrapped), mode, own_rows())
+        assert_same_weights(model, alone, what=mode)
+
+
+def ddp_accumulates_without_synchronising_and_has_the_penalty_once():
+    for mode in MODES:
+        alone, model = network(), network()
+        for m, rows in ((alone, slice(None)), (model, own_rows())):
+            forward = DistributedDataParallel(m) if m is model else m
+            optimizer = RegularizedOptimizer(optimizer_of(SGD, m), PENALTIES["sum"](m), mode)
+            for step in range(STEPS):
+                optimizer.zero_grad()
+                for part in (0, 1):
+                    x, y = batch(2 * step + part, rows)
+                    with forward.no_sync() if m is model and part == 0 else nullcontext():
+                        ((forward(x) - y).square().mean() / 2).backward()
+                optimizer.step()
         assert_same_weights(model, alone, what=mode)
 
 
@@ -520,7 +591,21 @@ def tensor_parallel(model, mesh=None):
 def tensor_parallelism_trains_as_one_process():
     """The last layer is not parallelized: some parameters are plain tensors."""
     assert_trains_alike(tensor_parallel, train, FEW, (*IN_LOSS, "coupled"), [SGD])
+    assert_trains_alike(tensor_parallel, step_alone, FEW, ["decoupled", "dual"], [SGD])
     assert_trains_alike(tensor_parallel, step_alone, ALL, ["proximal"], [ADAM])
+
+
+def a_loss_that_is_a_dtensor_takes_the_penalty():
+    alone, model = network(), tensor_parallel(network())
+    mesh = model[0].weight.device_mesh
+    parallelize_module(model[4], mesh, ColwiseParallel(output_layouts=Replicate(), use_local_output=False))
+    x, y = batch(0)
+    ((alone(x) - y).square().mean() + PENALTIES["sum"](alone)()).backward()
+    loss = (model(x) - distribute_tensor(y, mesh, [Replicate()])).square().mean()
+    assert type(loss) is DTensor
+    (loss + PENALTIES["sum"](model)()).backward()
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(whole(p.grad), q.grad)
 
 
 def a_mesh_of_replicas_and_shards_trains_as_one_process():
@@ -542,9 +627,6 @@ def a_mesh_of_shards_and_tensor_parallelism_trains_as_one_process():
     rows = slice(mesh.get_local_rank("data"), None, 2)
     assert_trains_alike(both, train, ["sum"], (*IN_LOSS, "coupled"), [SGD], rows)
     assert_trains_alike(both, step_alone, ALL, ["proximal"], [ADAM])
-    model = both(network())
-    for penalty_on in PENALTIES.values():
-        torch.testing.assert_close(penalty_on(model)(), penalty_on(network())())
 
 
 ON_TWO = [
@@ -563,12 +645,15 @@ ON_TWO = [
     stationarity_is_the_largest_over_all_ranks,
     a_nan_on_one_rank_is_seen_on_all,
     summary_and_logger_are_called_by_every_rank,
+    the_board_counts_over_all_ranks,
     weights_materialized_after_sharding_are_penalized,
     weights_that_stay_gathered_after_backward_are_penalized_where_the_optimizer_sees_them,
     accumulated_and_clipped_gradients_have_the_penalty_once,
     ddp_trains_as_one_process,
+    ddp_accumulates_without_synchronising_and_has_the_penalty_once,
     checkpoints_of_shards_go_on_in_other_shards_and_in_one_process,
     tensor_parallelism_trains_as_one_process,
+    a_loss_that_is_a_dtensor_takes_the_penalty,
 ]
 ON_FOUR = [
     the_value_is_that_of_one_process_and_takes_one_collective,

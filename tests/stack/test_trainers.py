@@ -169,9 +169,10 @@ def accelerate():
 def accelerated(accelerate, model, mode, epochs=EPOCHS, accumulate=1, clip=None, resume=None, save=None, **kw):
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulate, **kw)
     optimizer = optimizer_on(model, mode)
-    ramp = LinearRamp(optimizer.penalty, 6)
+    penalty = optimizer.penalty
+    ramp = LinearRamp(penalty, 6)
     prepared, optimizer, batches = accelerator.prepare(model, optimizer, loader())
-    accelerator.register_for_checkpointing(ramp)
+    accelerator.register_for_checkpointing(penalty, ramp)
     if resume:
         accelerator.load_state(resume)
     for _ in range(epochs):

@@ -397,3 +397,14 @@ def test_nor_off_a_group_that_never_occurs(mode):
         shrunk = before.norm(dim=1) - model.weight.detach().norm(dim=1)
         assert (shrunk[4:] <= 1e-2 * 4**0.5 * 1.001).all()
         assert (shrunk[4:] > 0).all()
+
+
+@pytest.mark.parametrize("mode", ["proximal", "dual"])
+def test_a_group_of_weights_so_small_that_their_norm_is_zero_vanishes(mode):
+    """The momentum of a dead neuron dies out; its last moves are of 1e-24, whose square is no float32 any more."""
+    w = torch.zeros(5, 7, requires_grad=True)
+    optimizer = RegularizedOptimizer(optim.Adam([w], lr=1e-8), GroupLasso([w], 1.0), mode)
+    for _ in range(3):
+        w.grad = torch.full((5, 7), 1e-24)
+        optimizer.step()
+        assert not w.any()

@@ -170,7 +170,8 @@ METHODS: dict[str, Any] = {
 def print_row(name: str, cells: list[list[Result] | None]) -> None:
     """A line of the table: the test accuracy at each sparsity."""
     tests = [[r.test for r in results] if results else [] for results in cells]
-    texts = [f"{np.mean(t):.2f} ± {np.std(t, ddof=min(1, len(t) - 1)):.2f}" if t else "-" for t in tests]
+    spreads = [f" ± {np.std(t, ddof=1):.2f}" if len(t) > 1 else "" for t in tests]
+    texts = [f"{np.mean(t):.2f}{spread}" if t else "-" for t, spread in zip(tests, spreads, strict=True)]
     print(f"| {name} | " + " | ".join(texts) + " |", flush=True)
 
 

@@ -213,7 +213,7 @@ def on_mnist(folder: Path, epochs: int, targets: list[float], names: list[str]) 
 
 
 def on_freeze(seeds: int, epochs: int) -> None:
-    """Zeros under L1, those that flip, the accuracy; and after as many epochs more, with L1 or with the zeros frozen."""
+    """Zeros under L1, those that flip, the accuracy; and after as many epochs more, with L1 or with zeros frozen."""
     print("| L1 proximal | lambda | zeros | of them flip | accuracy | trained on | frozen | gain |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     inner = {

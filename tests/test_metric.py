@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
-from sklearn.linear_model import Lasso, LogisticRegression
+from sklearn.linear_model import Lasso
+from test_solutions import l1_logistic
 from torch import nn, optim
 
 from torch_regpen import L1, MCP, GroupLasso, NuclearNorm, RegularizedOptimizer
@@ -207,12 +208,8 @@ def classes(name):
 @pytest.fixture(scope="module", params=["breast cancer", "digits"])
 def logistic(request):
     x, y, lam = classes(request.param)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the spelling of "L1" has changed over the versions
-        solver = LogisticRegression(
-            penalty="l1", C=1 / (lam * len(x)), solver="liblinear", tol=1e-10, max_iter=10**5, fit_intercept=False
-        )
-        coef = solver.fit(x, y).coef_[0]
+    c = 1 / (lam * len(x))
+    coef = l1_logistic(x, y, c, solver="liblinear", tol=1e-8, fit_intercept=False).coef_[0]
     return torch.tensor((2 * y - 1)[:, None] * x), lam, coef
 
 

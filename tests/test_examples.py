@@ -60,3 +60,23 @@ def test_compare_weight_decay(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert is_png(tmp_path / "compare_weight_decay.png")
     assert len((tmp_path / "compare_weight_decay.csv").read_text().splitlines()) == 1 + 2 * (1 + 15 * 8)
     assert len(list((tmp_path / "chosen").iterdir())) == 16
+
+
+def test_same_lambda_every_optimizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("same_lambda_every_optimizer.py", "--steps", "500", "--plot", str(tmp_path / "plot.png"))
+    out = capsys.readouterr().out
+    same = dict(re.findall(r"(.+?) +auto +(\d+) of 16", out))
+    assert len(same) == 5
+    assert all(int(count) >= 15 for count in same.values())
+    other = dict(re.findall(r"(.+?) +euclidean +(\d+) of 16", out))
+    assert int(other["SGD"]) >= 15
+    assert max(int(count) for name, count in other.items() if name != "SGD") <= 8
+    assert is_png(tmp_path / "plot.png")
+
+
+def test_choose_lambda(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("choose_lambda.py", "--lambdas", "3", "--steps", "30", "--plot", str(tmp_path / "plot.png"))
+    nonzeros = [int(count) for count in re.findall(r"e-\d+ +0\.\d+ +(\d+)", capsys.readouterr().out)]
+    assert len(nonzeros) == 3
+    assert nonzeros == sorted(nonzeros, reverse=True)
+    assert is_png(tmp_path / "plot.png")

@@ -179,14 +179,15 @@ def test_the_target_is_reached_and_held(digits, make, optimizer, mode, kind, lam
     assert (held - target).abs().max() <= 0.03  # between two readings the noise of the gradients shows
 
 
-@pytest.mark.parametrize(("mode", "target"), [("proximal", 0.4), ("dual", 0.6)])
+@pytest.mark.parametrize(("mode", "target"), [("proximal", 0.4), ("proximal", 0.7), ("dual", 0.6)])
 def test_of_groups_it_is_the_fraction_of_groups(digits, mode, target):
     torch.manual_seed(0)
-    model = mlp()
+    model = nn.Sequential(nn.Linear(64, 200), nn.ReLU(), nn.Linear(200, 100), nn.ReLU(), nn.Linear(100, 10))
     wrapped = RegularizedOptimizer(sgd(model), GroupLasso(model, 1e-4), mode)
     fractions = trained(digits, model, wrapped, TargetSparsity(wrapped, target, steps=STEPS), measure=rows)
-    assert abs(fractions[STEPS - 1] - target) <= 0.028  # 74 neurons: two of them
-    assert abs(sum(fractions[STEPS:]) / HELD - target) <= 0.028
+    assert abs(fractions[STEPS - 1] - target) <= 0.01  # 310 neurons: three of them
+    assert abs(sum(fractions[STEPS:]) / HELD - target) <= 0.01
+    assert abs(fractions[-1] - target) <= 0.01
 
 
 def test_of_a_penalty_alone_it_is_fed_back(digits):

@@ -27,7 +27,8 @@ def lam_max(penalty: Penalty, loss_fn: Callable[[], Tensor]) -> float:
 
     It takes one gradient of `loss_fn()` with the penalized weights at zero (at their center, where there is one), and
     puts them back. Fit what is not penalized, an intercept, before. Meant for models that are linear in the penalized
-    weights: a network of zeros has no gradient.
+    weights: a network of zeros has no gradient. Of a network it is found by doubling lambda until training leaves no
+    weight (`examples/choose_lambda.py`).
 
     Args:
         penalty: all its groups get the same lambda; its own are left as they are.

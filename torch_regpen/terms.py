@@ -443,14 +443,15 @@ def distance(terms: list[Term], grad: Tensor) -> Tensor:
     return farthest
 
 
-def limit(old: Tensor, new: Tensor, cap: float | Tensor | None, grouping: Grouping) -> Tensor:
+def limit(old: Tensor, new: Tensor, cap: float | Tensor | None, grouping: Any) -> Tensor:
     """`new`, moved back towards `old` where an element moved by more than `cap` or a group by `cap * sqrt(size)`."""
     if cap is None:
         return new
     if isinstance(grouping, NormGrouping) and not grouping.scale:
         cap = cap * math.sqrt(grouping.size(old.shape))
     u, rebuild = grouping.polar(new - old)
-    return old + rebuild(u.clamp_max(cap))
+    # What did not move too far is `new` itself: where the norm of a difference of 1e-23 is 0, it would stay `old`.
+    return torch.where(grouping.spread(u <= cap, new), new, old + rebuild(u.clamp_max(cap)))
 
 
 def _prox_quadratic(terms: list[Term], v: Tensor, step: float | Tensor) -> tuple[Tensor, float | Tensor]:

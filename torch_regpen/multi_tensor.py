@@ -6,8 +6,9 @@ tensors of one pack. Nothing reads a value back from the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .sharding import local
 __all__ = [
     "add_",
     "add_with_total_",
+    "cuts",
     "gradients",
     "mul_",
     "packs",
@@ -37,19 +39,23 @@ class Sizes:
         small: the most of a tensor that goes together with others.
         pack: the most of these together.
         chunk: of the pieces of larger ones.
+        piece: where several temporaries are written beside them.
     """
 
     small: int
     pack: int
     chunk: int
+    piece: int
 
 
-CPU = Sizes(small=1 << 15, pack=1 << 16, chunk=1 << 18)  # a chunk of float32 is 1 MiB, within the second-level cache
-CUDA = Sizes(small=1 << 21, pack=1 << 24, chunk=1 << 24)  # enough to keep the device busy
+# A chunk of float32 is 1 MiB, within the second-level cache; on CUDA, enough to keep the device busy.
+CPU = Sizes(small=1 << 15, pack=1 << 16, chunk=1 << 18, piece=1 << 17)
+CUDA = Sizes(small=1 << 21, pack=1 << 24, chunk=1 << 24, piece=1 << 24)
 
 ROW = 1 << 9  # elements that a norm in float32 may sum one after the other
 
 Scalar = float | Tensor  # a number or a 0-dim tensor
+Take = Callable[[Any], Any]
 
 
 def packs(ws: Sequence[Tensor]) -> list[list[int]]:
@@ -72,6 +78,30 @@ def packs(ws: Sequence[Tensor]) -> list[list[int]]:
             room[kind] = sizes.pack - size
             found.append(open_packs[kind])
     return found
+
+
+def cuts(w: Tensor, dims: Sequence[int], times: int = 1) -> Iterator[Take]:
+    """For each piece of a tensor what takes it, and the same of a tensor beside it; of all else, it takes the whole.
+
+    Args:
+        w: the tensor.
+        dims: along which it may be cut.
+        times: how much larger than usual the pieces may be, where next to nothing is written beside them.
+    """
+    piece = times * _sizes(w).piece
+    if not dims or w.numel() <= piece or local(w) is not w or torch.compiler.is_compiling():
+        yield lambda x: x
+        return
+    dim = max(dims, key=w.size)
+    length = max(1, piece * w.shape[dim] // w.numel())
+    for start in range(0, w.shape[dim], length):
+        yield partial(_narrow, dim, start, length, w.shape[dim])
+
+
+def _narrow(dim: int, start: int, length: int, whole: int, x: Any) -> Any:
+    if not isinstance(x, Tensor) or x.ndim <= dim or x.shape[dim] != whole:
+        return x
+    return x.narrow(dim, start, min(length, whole - start))
 
 
 def total(ws: Sequence[Tensor], linear: float, quadratic: float) -> Tensor:

@@ -8,8 +8,9 @@ terms of a tensor at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from .penalty import Penalty
 
 NEWTON_STEPS = 16
+
+Take = multi_tensor.Take
 
 
 @dataclass(slots=True, eq=False)
@@ -246,6 +249,10 @@ class Step(NamedTuple):
     size: float | Tensor
     cap: float | Tensor | None = None
 
+    def part(self, take: Take) -> Step:
+        """The step of what `take` takes of the parameter."""
+        return self._replace(size=take(self.size))
+
 
 class Sized(Protocol):
     """A `Step`, or what will be one when it is looked at."""
@@ -254,6 +261,7 @@ class Sized(Protocol):
     def size(self) -> float | Tensor: ...
     @property
     def cap(self) -> float | Tensor | None: ...
+    def part(self, take: Take) -> Sized: ...
 
 
 def prox_(bundle: Bundle, steps: Sequence[Sized]) -> None:
@@ -267,8 +275,28 @@ def prox_(bundle: Bundle, steps: Sequence[Sized]) -> None:
             multi_tensor.mul_(bundle.tensors, 1 / (1 + step.size * (2 * quadratic)))
         return
     for terms, step in zip(bundle.each, steps, strict=True):
-        if terms := [term for term in terms if not term.off]:
-            terms[0].tensor.copy_(prox(terms, step.size, step.cap))
+        terms = [term for term in terms if not term.off]
+        if _prox_along_rays_(terms, step):
+            continue
+        for some, take in pieces(terms):
+            part = step.part(take)
+            some[0].tensor.copy_(prox(some, part.size, part.cap))
+
+
+def _prox_along_rays_(terms: list[Term], step: Sized) -> bool:
+    """The proximal map of a single term over groups in place, where that takes no copy; whether it does."""
+    if len(terms) != 1 or step.cap is not None or not _scalar(step.size):
+        return False
+    (term,) = terms
+    w, grouping = term.tensor, term.grouping
+    if not isinstance(grouping, NormGrouping) or term.center is not None or term.kind.positive:
+        return False
+    if local(w) is not w or grouping.view(w).data_ptr() != w.data_ptr() or torch.compiler.is_compiling():
+        return False
+    for take in multi_tensor.cuts(w, _separable(terms), times=8):
+        t = step.size * take(term.scaled_lam)
+        grouping.scale_(take(w), partial(term.kind.rho_prox, t=t))
+    return True
 
 
 def decay_(bundle: Bundle, step: float | Tensor) -> None:
@@ -282,8 +310,32 @@ def decay_(bundle: Bundle, step: float | Tensor) -> None:
             multi_tensor.soft_threshold_(bundle.tensors, step * linear)
         return
     for terms in bundle.each:
-        if terms := [term for term in terms if not term.off]:
-            terms[0].tensor.copy_(decayed(terms, step))
+        for some, _ in pieces([term for term in terms if not term.off]):
+            some[0].tensor.copy_(decayed(some, step))
+
+
+def pieces(terms: list[Term]) -> Iterator[tuple[list[Term], Take]]:
+    """The terms of one tensor, on pieces of it that fit the cache, where it can be cut between their groups.
+
+    Yields:
+        The terms on a piece, and what takes the same piece of anything beside the tensor.
+    """
+    if not terms:
+        return
+    w = terms[0].tensor
+    for take in multi_tensor.cuts(w, _separable(terms)):
+        some = [
+            replace(term, tensor=piece, weights=take(term.weights), center=take(term.center))
+            for piece in [take(w)]
+            for term in terms
+        ]
+        yield (terms if some[0].tensor is w else some), take
+
+
+def _separable(terms: list[Term]) -> list[int]:
+    """The dimensions along which their tensor can be cut between groups."""
+    ndim = terms[0].tensor.ndim
+    return [dim for dim in range(ndim) if all(term.grouping.separates(dim, ndim) for term in terms)]
 
 
 def _scalar(x: float | Tensor) -> bool:

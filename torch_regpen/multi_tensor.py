@@ -39,18 +39,17 @@ class Sizes:
         small: the most of a tensor that goes together with others.
         pack: the most of these together.
         chunk: of the pieces of larger ones.
-        piece: where several temporaries are written beside them.
     """
 
     small: int
     pack: int
     chunk: int
-    piece: int
 
 
-# A chunk of float32 is 1 MiB, within the second-level cache; on CUDA, enough to keep the device busy.
-CPU = Sizes(small=1 << 15, pack=1 << 16, chunk=1 << 18, piece=1 << 17)
-CUDA = Sizes(small=1 << 21, pack=1 << 24, chunk=1 << 24, piece=1 << 24)
+# A chunk of float32 and what is computed beside it are within the second-level cache; temporaries of twice the size go
+# back to the system each time, and new ones cost more than what is done to them.
+CPU = Sizes(small=1 << 15, pack=1 << 16, chunk=1 << 17)
+CUDA = Sizes(small=1 << 21, pack=1 << 24, chunk=1 << 24)  # enough to keep the device busy
 
 ROW = 1 << 9  # elements that a norm in float32 may sum one after the other
 
@@ -88,12 +87,12 @@ def cuts(w: Tensor, dims: Sequence[int], times: int = 1) -> Iterator[Take]:
         dims: along which it may be cut.
         times: how much larger than usual the pieces may be, where next to nothing is written beside them.
     """
-    piece = times * _sizes(w).piece
-    if not dims or w.numel() <= piece or local(w) is not w or torch.compiler.is_compiling():
+    chunk = times * _sizes(w).chunk
+    if not dims or w.numel() <= chunk or local(w) is not w or torch.compiler.is_compiling():
         yield lambda x: x
         return
     dim = max(dims, key=w.size)
-    length = max(1, piece * w.shape[dim] // w.numel())
+    length = max(1, chunk * w.shape[dim] // w.numel())
     for start in range(0, w.shape[dim], length):
         yield partial(_narrow, dim, start, length, w.shape[dim])
 
@@ -106,7 +105,16 @@ def _narrow(dim: int, start: int, length: int, whole: int, x: Any) -> Any:
 
 def total(ws: Sequence[Tensor], linear: float, quadratic: float) -> Tensor:
     """`sum (linear*|w| + quadratic*w^2)` over all elements, 0-dim, accumulated in float32 at least."""
-    return _sum([_total(some, linear, quadratic) for (some,) in _pieces(ws)])
+    values = []
+    buffer = None
+    for (some,) in _pieces(ws):
+        x = _wide(some)
+        if quadratic:
+            values.append(quadratic * _sum_of_squares(x))
+        if linear or not quadratic:
+            buffer = _like(x, buffer)
+            values.append(linear * torch.abs(x, out=buffer).sum())
+    return _sum(values)
 
 
 def gradients(ws: Sequence[Tensor], linear: Tensor | None, quadratic: Tensor | None) -> list[Tensor]:
@@ -186,14 +194,6 @@ def soft_threshold_each_(
         _soft_threshold_(some_ws, torch.div(numerator, t, out=t).clamp_max_(cap))
 
 
-def _total(some: list[Tensor], linear: float, quadratic: float) -> Tensor:
-    x = _wide(some)
-    if not quadratic:
-        return linear * x.abs().sum()
-    squares = quadratic * _sum_of_squares(x)
-    return squares + linear * x.abs().sum() if linear else squares
-
-
 def _with_signs(
     ws: Sequence[Tensor], grads: Sequence[Tensor]
 ) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
@@ -203,9 +203,15 @@ def _with_signs(
         if len(some_ws) > 1 or torch.compiler.is_compiling():
             yield some_ws, some_grads, list(torch._foreach_sign(some_ws))
             continue
-        if buffer is None or buffer.shape != some_ws[0].shape:
-            buffer = torch.empty_like(some_ws[0])
+        buffer = _like(some_ws[0], buffer)
         yield some_ws, some_grads, [torch.sign(some_ws[0], out=buffer)]
+
+
+def _like(x: Tensor, buffer: Tensor | None) -> Tensor | None:
+    """Memory to write to for each piece anew, where that is known to be possible; None for what torch allocates."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None
+    return buffer if buffer is not None and buffer.shape == x.shape else torch.empty_like(x)
 
 
 def _add_(xs: list[Tensor], ys: list[Tensor], alpha: float) -> None:

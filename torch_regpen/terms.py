@@ -293,7 +293,8 @@ def _prox_along_rays_(terms: list[Term], step: Sized) -> bool:
         return False
     if local(w) is not w or grouping.view(w).data_ptr() != w.data_ptr() or torch.compiler.is_compiling():
         return False
-    for take in multi_tensor.cuts(w, _separable(terms), times=8):
+    rows = [dim for dim in _separable(terms) if dim == 0]  # along another dimension a norm reads memory in order uncut
+    for take in multi_tensor.cuts(w, rows, times=8):
         t = step.size * take(term.scaled_lam)
         grouping.scale_(take(w), partial(term.kind.rho_prox, t=t))
     return True

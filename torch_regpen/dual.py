@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import multi_tensor
 from .groups import Elements, working_dtype
-from .metric import Step
 from .sharding import local, on_parts
-from .terms import Term, limit, prox
+from .terms import Sized, Term, limit, pieces, prox
 
 __all__ = ["LATENT", "STEPS", "fingerprint", "forget", "restart", "to_latent", "to_visible", "visible"]
 
@@ -23,21 +23,23 @@ STEPS = "latent_steps"
 
 State = dict[str, Any]
 
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+WORDS = 1 << 16  # as many as are read and multiplied within the cache
 
 
 def fingerprint(parameter: Tensor) -> Tensor:
-    """A sum of the bits of the elements on this rank, each weighted by where it lies; 0-dim.
+    """A sum of the bits of the elements on this rank, in words that are each weighted by where they lie; 0-dim.
 
     It is the same as long as nobody changed them, and hardly ever after.
     """
     w = local(parameter)
-    w = torch.view_as_real(w) if w.is_complex() else w
-    bits: Tensor = torch.atleast_2d(w.view(INTEGERS[w.element_size()])).flatten(1)
-    for _ in range(2):
-        places = 2 * torch.arange(bits.shape[-1], device=bits.device) + 1
-        bits = (bits * places.to(bits.dtype)).sum(dim=-1)
-    return bits
+    flat = (torch.view_as_real(w) if w.is_complex() else w).reshape(-1)
+    in_word = 8 // flat.element_size()
+    if len(flat) % in_word or flat.storage_offset() % in_word:
+        flat = torch.nn.functional.pad(flat, (0, -len(flat) % in_word))
+    words = flat.view(torch.int64)
+    places = torch.arange(1, 2 * min(len(words), WORDS), 2, device=w.device)
+    sums = [(some * places[: len(some)]).sum() for some in words.split(WORDS)]
+    return sums[0] if len(sums) == 1 else (torch.stack(sums) * torch.arange(1, 2 * len(sums), 2, device=w.device)).sum()
 
 
 def to_latent(parameter: Tensor, state: State, known: Tensor | None) -> None:
@@ -51,31 +53,37 @@ def to_latent(parameter: Tensor, state: State, known: Tensor | None) -> None:
     if LATENT not in state:
         return
     w, twin = local(parameter), local(state[LATENT])
-    latent = _read_now(twin).clone()
+    changed = None
     if known is not None:
         changed = fingerprint(parameter) != known
-        latent = torch.where(changed, w.to(twin.dtype), latent)
         local(state[STEPS]).masked_fill_(changed, 0)
-    twin.copy_(_read_now(w))
-    w.copy_(latent)
+    for take in multi_tensor.cuts(w, range(w.ndim)):
+        seen, latent = take(w), _read_now(take(twin))
+        latent = latent.clone() if changed is None else torch.where(changed, seen.to(twin.dtype), latent)
+        take(twin).copy_(_read_now(seen))
+        seen.copy_(latent)
 
 
-def to_visible(terms: list[Term], state: State, step: Step) -> None:
+def to_visible(terms: list[Term], state: State, step: Sized) -> None:
     """Keep the latent weights that the optimizer has moved, and put the visible ones in their place."""
-    parameter = terms[0].tensor
     if LATENT not in state:
-        restart(parameter, state, step)
-    state[STEPS] += step.size
-    w = visible(terms, state)
-    if step.cap is not None:
-        w = _shrunk_at_most(terms, step.cap, state[LATENT], w)
-        if any(term.kind.positive for term in terms):
-            w = w.clamp_min(0)
-    state[LATENT].copy_(_read_now(parameter))
-    parameter.copy_(w)
+        restart(terms[0].tensor, state, step)
+    if state[STEPS].ndim == 0:
+        state[STEPS] += step.size
+    for some, take in pieces(terms):
+        w, twin, steps, part = some[0].tensor, take(state[LATENT]), take(state[STEPS]), step.part(take)
+        if steps.ndim:
+            steps += part.size
+        seen = prox(some, steps)
+        if part.cap is not None:
+            seen = _shrunk_at_most(some, part.cap, twin, seen)
+            if any(term.kind.positive for term in terms):
+                seen = seen.clamp_min(0)
+        twin.copy_(_read_now(w))
+        w.copy_(seen)
 
 
-def restart(parameter: Tensor, state: State, step: Step) -> None:
+def restart(parameter: Tensor, state: State, step: Sized) -> None:
     """Put the twin where the visible weights are, with no steps yet.
 
     It is there while lambda is 0 too, as before a ramp: a distributed checkpoint is loaded into what is there.
@@ -85,8 +93,8 @@ def restart(parameter: Tensor, state: State, step: Step) -> None:
         state[STEPS].zero_()
         return
     state[LATENT] = parameter.detach().clone()
-    dtype = working_dtype(parameter.dtype)
-    if isinstance(step.size, Tensor) and step.size.ndim:
+    dtype, size = working_dtype(parameter.dtype), step.size
+    if isinstance(size, Tensor) and size.ndim:
         state[STEPS] = torch.zeros_like(parameter, dtype=dtype)
     else:
         state[STEPS] = torch.zeros((), dtype=dtype, device=parameter.device)

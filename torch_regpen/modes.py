@@ -165,9 +165,9 @@ class Dual(Proximal):
             for terms, parameter, step in zip(bundle.each, bundle.tensors, self.steps_of(bundle), strict=True):
                 state = self.optimizer.state[parameter]
                 if bundle.off:
-                    dual.restart(parameter, state, Step(step.size, step.cap))
+                    dual.restart(parameter, state, step)
                     continue
-                dual.to_visible(terms, state, Step(step.size, step.cap))
+                dual.to_visible(terms, state, step)
                 self.left[id(parameter)] = dual.fingerprint(parameter)
 
 

@@ -141,21 +141,19 @@ def test_a_zero_comes_back_with_all_that_it_has_gathered():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_thresholds_that_half_precision_rounds_away_add_up(dtype):
-    def after(steps, mode, dtype):
-        w = torch.tensor([1.0, -2.0, 0.5], dtype=dtype, requires_grad=True)
-        optimizer = Regularized(torch.optim.SGD([w], lr=1e-4), L1([w], 1.0), mode)
+    start, lr, steps = torch.tensor([0.51, -1.9], dtype=dtype), 2.4e-4, 2200
+    ends = {}
+    for mode in ("proximal", "decoupled", "dual"):
+        w = start.clone().requires_grad_()
+        w.grad = torch.zeros_like(w)
+        optimizer = Regularized(torch.optim.SGD([w], lr=lr), L1([w], 1.0), mode)
         for _ in range(steps):
-            w.grad = torch.zeros_like(w)
             optimizer.step()
-        return w.detach()
-
-    start = torch.tensor([1.0, -2.0, 0.5], dtype=dtype)
-    for mode in ("proximal", "decoupled"):
-        assert torch.equal(after(6000, mode, dtype), start)  # 1e-4 is less than half a unit in the last place of each
-    assert after(6000, "proximal", torch.float32)[2] == 0
-    in_float64 = nn.functional.softshrink(start.double(), 6000 * 1e-4)
-    torch.testing.assert_close(after(6000, "dual", dtype), in_float64.to(dtype))
-    assert after(6000, "dual", dtype)[2] == 0
+        ends[mode] = w.detach()
+    assert torch.equal(ends["proximal"], start)  # lr*lam is less than half a unit in the last place
+    assert torch.equal(ends["decoupled"], start)
+    assert ends["dual"][0] == 0
+    torch.testing.assert_close(ends["dual"], nn.functional.softshrink(start.double(), steps * lr).to(dtype))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,6 +6,7 @@ sum of the steps live in the optimizer's state of the parameter, so that they tr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,13 +17,25 @@ from .groups import Elements, working_dtype
 from .sharding import local, on_parts
 from .terms import Sized, Term, limit, pieces, prox
 
-__all__ = ["LATENT", "STEPS", "fingerprint", "forget", "restart", "to_latent", "to_visible", "visible"]
+__all__ = [
+    "LATENT",
+    "STEPS",
+    "fingerprints",
+    "forget",
+    "restart",
+    "to_latent",
+    "to_latent_together",
+    "to_visible",
+    "to_visible_together",
+    "visible",
+]
 
 LATENT = "latent"
 STEPS = "latent_steps"
 
 State = dict[str, Any]
 
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 WORDS = 1 << 16  # as many as are read and multiplied within the cache
 
 
@@ -40,6 +53,37 @@ def fingerprint(parameter: Tensor) -> Tensor:
     places = torch.arange(1, 2 * min(len(words), WORDS), 2, device=w.device)
     sums = [(some * places[: len(some)]).sum() for some in words.split(WORDS)]
     return sums[0] if len(sums) == 1 else (torch.stack(sums) * torch.arange(1, 2 * len(sums), 2, device=w.device)).sum()
+
+
+def fingerprints(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Of one parameter, or of each of a pack: their elements as one, and differences of running sums."""
+    if len(parameters) == 1:
+        return [fingerprint(parameters[0])]
+    ws = [local(parameter).reshape(-1) for parameter in parameters]
+    bits = torch.cat(ws)
+    bits = bits.view(INTEGERS[bits.element_size()]).to(torch.int64)
+    bits *= torch.arange(1, 2 * len(bits), 2, device=bits.device)
+    sizes = torch.tensor([0, *map(len, ws)]).to(bits.device, non_blocking=True)
+    return list(torch.nn.functional.pad(bits.cumsum(0), (1, 0))[sizes.cumsum(0)].diff().unbind())
+
+
+def to_latent_together(parameters: Sequence[Tensor], states: Sequence[State], known: Sequence[Tensor]) -> None:
+    """`to_latent` of a pack, all of which have a twin and a known fingerprint."""
+    changed = (torch.stack(fingerprints(parameters)) != torch.stack(list(known))).unbind()
+    ws, twins, steps = ([*map(local, x)] for x in (parameters, *([s[key] for s in states] for key in (LATENT, STEPS))))
+    latent = [torch.where(c, w.to(twin.dtype), twin) for c, w, twin in zip(changed, ws, twins, strict=True)]
+    for so_far, c in zip(steps, changed, strict=True):
+        so_far.masked_fill_(c, 0)
+    torch._foreach_copy_(twins, ws)
+    torch._foreach_copy_(ws, latent)
+
+
+def to_visible_together(parameters: Sequence[Tensor], states: Sequence[State], size: Any, linear: float) -> None:
+    """`to_visible` of a pack, all of which have a twin, for `linear * sum abs(w)` and one step without a cap."""
+    steps = [local(state[STEPS]) for state in states]
+    torch._foreach_add_(steps, size)
+    torch._foreach_copy_([local(state[LATENT]) for state in states], [*map(local, parameters)])
+    multi_tensor.soft_thresholds_(parameters, torch.stack(steps) * linear)
 
 
 def to_latent(parameter: Tensor, state: State, known: Tensor | None) -> None:

@@ -148,12 +148,20 @@ class Dual(Proximal):
             parameter.copy_(dual.visible(terms, self.optimizer.state[parameter]))
 
     def after_backward(self, active: list[Bundle], first: bool) -> None:
-        for _, parameter in _singly(active):
-            key = id(parameter)
-            if first:
-                dual.to_latent(parameter, self.optimizer.state.get(parameter, {}), self.left.get(key))
-            else:
-                parameter.copy_(self.moved.pop(key))
+        if not first:
+            for _, parameter in _singly(active):
+                parameter.copy_(self.moved.pop(id(parameter)))
+            return
+        for bundle in active:
+            if bundle.off:
+                continue
+            states = [self.optimizer.state.get(parameter, {}) for parameter in bundle.tensors]
+            known = [self.left.get(id(parameter)) for parameter in bundle.tensors]
+            if len(known) > 1 and None not in known and all(dual.LATENT in state for state in states):
+                dual.to_latent_together(bundle.tensors, states, known)  # type: ignore[arg-type]
+                continue
+            for parameter, state, left in zip(bundle.tensors, states, known, strict=True):
+                dual.to_latent(parameter, state, left)
 
     def prox_steps(self, bundle: Bundle) -> list[float | Tensor]:
         sizes = super().prox_steps(bundle)
@@ -162,13 +170,19 @@ class Dual(Proximal):
 
     def after_update(self, active: list[Bundle]) -> None:
         for bundle in active:
-            for terms, parameter, step in zip(bundle.each, bundle.tensors, self.steps_of(bundle), strict=True):
-                state = self.optimizer.state[parameter]
-                if bundle.off:
+            steps = self.steps_of(bundle)
+            states = [self.optimizer.state[parameter] for parameter in bundle.tensors]
+            if bundle.off:
+                for parameter, state, step in zip(bundle.tensors, states, steps, strict=True):
                     dual.restart(parameter, state, step)
-                    continue
-                dual.to_visible(terms, state, step)
-                self.left[id(parameter)] = dual.fingerprint(parameter)
+                continue
+            alike = bundle.one_step(steps) and len(states) > 1 and all(dual.LATENT in state for state in states)
+            if alike and bundle.shrinks and bundle.coefficients[1] == 0:
+                dual.to_visible_together(bundle.tensors, states, steps[0].size, bundle.coefficients[0])
+            else:
+                for terms, state, step in zip(bundle.each, states, steps, strict=True):
+                    dual.to_visible(terms, state, step)
+            self.left.update(zip(map(id, bundle.tensors), dual.fingerprints(bundle.tensors), strict=True))
 
 
 def _singly(active: list[Bundle]) -> Iterator[tuple[list[Term], Tensor]]:

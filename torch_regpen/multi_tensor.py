@@ -27,6 +27,7 @@ __all__ = [
     "packs",
     "soft_threshold_",
     "soft_threshold_each_",
+    "soft_thresholds_",
     "total",
 ]
 
@@ -172,6 +173,13 @@ def soft_threshold_(ws: Sequence[Tensor], t: Scalar) -> None:
     else:
         for (some,) in _pieces(ws):
             _soft_threshold_(some, t)
+
+
+def soft_thresholds_(ws: Sequence[Tensor], ts: Tensor) -> None:
+    """`soft_threshold_`, an element of `ts` for each tensor."""
+    ws = _local(ws)
+    for some_ws, some_ts in _pieces(ws, [t.expand_as(w) for t, w in zip(ts.unbind(), ws, strict=True)]):
+        _soft_threshold_(some_ws, _wide(some_ts))
 
 
 def soft_threshold_each_(

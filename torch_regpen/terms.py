@@ -179,6 +179,11 @@ class Bundle:
         """Whether the terms do nothing at the present lambda."""
         return all(term.off for term in self.terms)
 
+    @staticmethod
+    def one_step(steps: Sequence[Sized]) -> bool:
+        """Whether all its tensors have the same step, a scalar without a cap."""
+        return steps[0].cap is None and _scalar(steps[0].size) and all(step is steps[0] for step in steps)
+
     def part(self, indices: list[int]) -> Bundle:
         """Those of its tensors."""
         if len(indices) == len(self.tensors):
@@ -267,7 +272,7 @@ class Sized(Protocol):
 def prox_(bundle: Bundle, steps: Sequence[Sized]) -> None:
     """The proximal map of the terms of each tensor, in place, with its own step; see `prox`."""
     step = steps[0]
-    if bundle.shrinks and step.cap is None and _scalar(step.size) and all(other is step for other in steps):
+    if bundle.shrinks and bundle.one_step(steps):
         linear, quadratic = bundle.coefficients
         if linear:
             multi_tensor.soft_threshold_(bundle.tensors, step.size * linear)

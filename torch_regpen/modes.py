@@ -156,12 +156,12 @@ class Dual(Proximal):
             if bundle.off:
                 continue
             states = [self.optimizer.state.get(parameter, {}) for parameter in bundle.tensors]
-            known = [self.left.get(id(parameter)) for parameter in bundle.tensors]
-            if len(known) > 1 and None not in known and all(dual.LATENT in state for state in states):
-                dual.to_latent_together(bundle.tensors, states, known)  # type: ignore[arg-type]
+            known = [self.left[id(parameter)] for parameter in bundle.tensors if id(parameter) in self.left]
+            if 1 < len(states) == len(known) and all(dual.LATENT in state for state in states):
+                dual.to_latent_together(bundle.tensors, states, known)
                 continue
-            for parameter, state, left in zip(bundle.tensors, states, known, strict=True):
-                dual.to_latent(parameter, state, left)
+            for parameter, state in zip(bundle.tensors, states, strict=True):
+                dual.to_latent(parameter, state, self.left.get(id(parameter)))
 
     def prox_steps(self, bundle: Bundle) -> list[float | Tensor]:
         sizes = super().prox_steps(bundle)

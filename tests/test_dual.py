@@ -462,3 +462,22 @@ def test_no_value_is_read_back(kind, make):
         for p in model.parameters():
             p.grad = torch.empty_like(p)
         optimizer.step()
+
+
+def test_twins_go_on_when_a_neighbour_has_no_gradient():
+    """Small tensors go together, those that are in the step."""
+
+    def train(both):
+        torch.manual_seed(0)
+        ws = [torch.randn(shape, requires_grad=True) for shape in ((4, 3), (2, 5), (6,))]
+        optimizer = Regularized(
+            torch.optim.SGD(ws if both else ws[1:], lr=0.1), L1(ws if both else ws[1:], 0.05), "dual"
+        )
+        for step in range(8):
+            for w in ws[1:]:
+                w.grad = torch.sin(w.detach() + step)
+            ws[0].grad = torch.ones_like(ws[0]) if step in (0, 1, 4) else None
+            optimizer.step()
+        return ws[1:]
+
+    assert all(map(torch.equal, train(True), train(False)))

@@ -36,44 +36,52 @@ STEPS = "latent_steps"
 State = dict[str, Any]
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-WORDS = 1 << 16  # as many as are read and multiplied within the cache
-
-
-def fingerprint(parameter: Tensor) -> Tensor:
-    """A sum of the bits of the elements on this rank, in words that are each weighted by where they lie; 0-dim.
-
-    It is the same as long as nobody changed them, and hardly ever after.
-    """
-    w = local(parameter)
-    flat = (torch.view_as_real(w) if w.is_complex() else w).reshape(-1)
-    in_word = 8 // flat.element_size()
-    if len(flat) % in_word or flat.storage_offset() % in_word:
-        flat = torch.nn.functional.pad(flat, (0, -len(flat) % in_word))
-    words = flat.view(torch.int64)
-    places = torch.arange(1, 2 * min(len(words), WORDS), 2, device=w.device)
-    sums = [(some * places[: len(some)]).sum() for some in words.split(WORDS)]
-    return sums[0] if len(sums) == 1 else (torch.stack(sums) * torch.arange(1, 2 * len(sums), 2, device=w.device)).sum()
+CHUNK = 1 << 16  # of elements that are multiplied and summed within the cache
 
 
 def fingerprints(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Of one parameter, or of each of a pack: their elements as one, and differences of running sums."""
+    """For each, a sum of the bits of the elements on this rank, each weighted by where it lies; 0-dim.
+
+    It is the same as long as nobody changed them, whatever the company, and hardly ever after.
+    """
     if len(parameters) == 1:
-        return [fingerprint(parameters[0])]
-    ws = [local(parameter).reshape(-1) for parameter in parameters]
-    bits = torch.cat(ws)
-    bits = bits.view(INTEGERS[bits.element_size()]).to(torch.int64)
-    bits *= torch.arange(1, 2 * len(bits), 2, device=bits.device)
-    sizes = torch.tensor([0, *map(len, ws)]).to(bits.device, non_blocking=True)
-    return list(torch.nn.functional.pad(bits.cumsum(0), (1, 0))[sizes.cumsum(0)].diff().unbind())
+        return [_fingerprint(_bits(parameters[0]))]
+    every = [_bits(parameter) for parameter in parameters]
+    sizes = [0, *map(len, every)]
+    places = _places(max(sizes), every[0].device)
+    sums = (torch.cat(every) * torch.cat([places[:size] for size in sizes[1:]])).cumsum(0)
+    ends = torch.tensor(sizes).to(sums.device, non_blocking=True).cumsum(0)
+    return list(torch.nn.functional.pad(sums, (1, 0))[ends].diff().unbind())
+
+
+def _fingerprint(bits: Tensor) -> Tensor:
+    sums = []
+    chunk = CHUNK if bits.device.type == "cpu" else len(bits)
+    places = _places(min(len(bits), chunk), bits.device)
+    for some in bits.split(max(chunk, 1)):
+        sums.append((some * places[: len(some)]).sum())
+        places += 2 * chunk
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+
+
+def _places(size: int, device: torch.device) -> Tensor:
+    return torch.arange(1, 2 * size, 2, device=device)
+
+
+def _bits(parameter: Tensor) -> Tensor:
+    w = local(parameter)
+    flat = (torch.view_as_real(w) if w.is_complex() else w).reshape(-1)
+    return flat.view(INTEGERS[flat.element_size()])
 
 
 def to_latent_together(parameters: Sequence[Tensor], states: Sequence[State], known: Sequence[Tensor]) -> None:
     """`to_latent` of a pack, all of which have a twin and a known fingerprint."""
     changed = (torch.stack(fingerprints(parameters)) != torch.stack(list(known))).unbind()
-    ws, twins, steps = ([*map(local, x)] for x in (parameters, *([s[key] for s in states] for key in (LATENT, STEPS))))
+    ws = [local(parameter) for parameter in parameters]
+    twins = [local(state[LATENT]) for state in states]
     latent = [torch.where(c, w.to(twin.dtype), twin) for c, w, twin in zip(changed, ws, twins, strict=True)]
-    for so_far, c in zip(steps, changed, strict=True):
-        so_far.masked_fill_(c, 0)
+    for state, c in zip(states, changed, strict=True):
+        local(state[STEPS]).masked_fill_(c, 0)
     torch._foreach_copy_(twins, ws)
     torch._foreach_copy_(ws, latent)
 
@@ -99,7 +107,7 @@ def to_latent(parameter: Tensor, state: State, known: Tensor | None) -> None:
     w, twin = local(parameter), local(state[LATENT])
     changed = None
     if known is not None:
-        changed = fingerprint(parameter) != known
+        changed = fingerprints([parameter])[0] != known
         local(state[STEPS]).masked_fill_(changed, 0)
     for take in multi_tensor.cuts(w, range(w.ndim)):
         seen, latent = take(w), _read_now(take(twin))

@@ -110,7 +110,7 @@ class NormGrouping(Grouping):
         dims = self.dims(x.ndim)
         if not dims:
             return x.abs().to(working_dtype(x.dtype))
-        if dims[0] == 0 and len(dims) < x.ndim and x.device.type == "cpu" and not torch.is_grad_enabled():
+        if dims[0] == 0 and len(dims) < x.ndim and x.device.type == "cpu" and not _traced():
             return _norm_across(x, dims)
         dtype = None if x.is_complex() else working_dtype(x.dtype)
         # In float32 a sum over very many elements drifts: there, one dimension after the other.
@@ -318,6 +318,12 @@ def resolve(groups: Groups | None, unit_dims: tuple[int, int] = (0, 1), scale: b
 def largest(x: Tensor) -> Tensor:
     """The largest of all elements, 0-dim; 0 where there are none, as on ranks that hold nothing of a tensor."""
     return x.max() if x.numel() else x.new_zeros(())
+
+
+def _traced() -> bool:
+    """Whether what is computed may be differentiated, transformed or compiled."""
+    transformed: bool = torch._C._are_functorch_transforms_active()
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed
 
 
 def _norm_across(x: Tensor, dims: list[int]) -> Tensor:

@@ -296,7 +296,7 @@ def _prox_along_rays_(terms: list[Term], step: Sized) -> bool:
     w, grouping = term.tensor, term.grouping
     if not isinstance(grouping, NormGrouping) or term.center is not None or term.kind.positive:
         return False
-    if local(w) is not w or grouping.view(w).data_ptr() != w.data_ptr() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or local(w) is not w or grouping.view(w).data_ptr() != w.data_ptr():
         return False
     rows = [dim for dim in _separable(terms) if dim == 0]  # along another dimension a norm reads memory in order uncut
     for take in multi_tensor.cuts(w, rows, times=8):
@@ -330,12 +330,11 @@ def pieces(terms: list[Term]) -> Iterator[tuple[list[Term], Take]]:
         return
     w = terms[0].tensor
     for take in multi_tensor.cuts(w, _separable(terms)):
-        some = [
-            replace(term, tensor=piece, weights=take(term.weights), center=take(term.center))
-            for piece in [take(w)]
-            for term in terms
-        ]
-        yield (terms if some[0].tensor is w else some), take
+        piece = take(w)
+        if piece is w:
+            yield terms, take
+        else:
+            yield [replace(t, tensor=piece, weights=take(t.weights), center=take(t.center)) for t in terms], take
 
 
 def _separable(terms: list[Term]) -> list[int]:

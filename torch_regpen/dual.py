@@ -36,7 +36,8 @@ STEPS = "latent_steps"
 State = dict[str, Any]
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-CHUNK = 1 << 16  # of elements that are multiplied and summed within the cache
+SMALL = 1 << 15  # elements, up to which tensors go together
+CHUNK = 1 << 16  # words that are multiplied and summed within the cache
 
 
 def fingerprints(parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -44,34 +45,40 @@ def fingerprints(parameters: Sequence[Tensor]) -> list[Tensor]:
 
     It is the same as long as nobody changed them, whatever the company, and hardly ever after.
     """
-    if len(parameters) == 1:
-        return [_fingerprint(_bits(parameters[0]))]
-    every = [_bits(parameter) for parameter in parameters]
-    sizes = [0, *map(len, every)]
-    places = _places(max(sizes), every[0].device)
-    sums = (torch.cat(every) * torch.cat([places[:size] for size in sizes[1:]])).cumsum(0)
+    flat = [_flat(parameter) for parameter in parameters]
+    small = [i for i, x in enumerate(flat) if len(x) <= SMALL]
+    found = dict(zip(small, _of_small([flat[i] for i in small]), strict=True)) if small else {}
+    return [found[i] if i in found else _of_large(x) for i, x in enumerate(flat)]
+
+
+def _of_small(flat: list[Tensor]) -> list[Tensor]:
+    """By the differences of running sums over all of them."""
+    sizes = [0, *map(len, flat)]
+    bits = torch.cat([x.view(INTEGERS[x.element_size()]) for x in flat])
+    places = torch.arange(1, 2 * max(sizes), 2, device=bits.device)
+    sums = (bits * torch.cat([places[:size] for size in sizes])).cumsum(0)
     ends = torch.tensor(sizes).to(sums.device, non_blocking=True).cumsum(0)
     return list(torch.nn.functional.pad(sums, (1, 0))[ends].diff().unbind())
 
 
-def _fingerprint(bits: Tensor) -> Tensor:
+def _of_large(flat: Tensor) -> Tensor:
+    """In words of 64 bits, whatever the dtype."""
+    in_word = 8 // flat.element_size()
+    if len(flat) % in_word or flat.storage_offset() % in_word:
+        flat = torch.nn.functional.pad(flat, (0, -len(flat) % in_word))
+    words = flat.view(torch.int64)
+    chunk = CHUNK if flat.device.type == "cpu" else len(words)
+    places = torch.arange(1, 2 * chunk, 2, device=flat.device)
     sums = []
-    chunk = CHUNK if bits.device.type == "cpu" else len(bits)
-    places = _places(min(len(bits), chunk), bits.device)
-    for some in bits.split(max(chunk, 1)):
+    for some in words.split(chunk):
         sums.append((some * places[: len(some)]).sum())
         places += 2 * chunk
-    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+    return torch.stack(sums).sum()
 
 
-def _places(size: int, device: torch.device) -> Tensor:
-    return torch.arange(1, 2 * size, 2, device=device)
-
-
-def _bits(parameter: Tensor) -> Tensor:
+def _flat(parameter: Tensor) -> Tensor:
     w = local(parameter)
-    flat = (torch.view_as_real(w) if w.is_complex() else w).reshape(-1)
-    return flat.view(INTEGERS[flat.element_size()])
+    return (torch.view_as_real(w) if w.is_complex() else w).reshape(-1)
 
 
 def to_latent_together(parameters: Sequence[Tensor], states: Sequence[State], known: Sequence[Tensor]) -> None:

@@ -108,7 +108,7 @@ def total(ws: Sequence[Tensor], linear: float, quadratic: float) -> Tensor:
     """`sum (linear*|w| + quadratic*w^2)` over all elements, 0-dim, accumulated in float32 at least."""
     values = []
     buffer = None
-    for (some,) in _pieces(ws):
+    for (some,) in _pieces(ws, times=2):
         x = _wide(some)
         if quadratic:
             values.append(quadratic * _sum_of_squares(x))
@@ -178,8 +178,9 @@ def soft_threshold_(ws: Sequence[Tensor], t: Scalar) -> None:
 def soft_thresholds_(ws: Sequence[Tensor], ts: Tensor) -> None:
     """`soft_threshold_`, an element of `ts` for each tensor."""
     ws = _local(ws)
-    for some_ws, some_ts in _pieces(ws, [t.expand_as(w) for t, w in zip(ts.unbind(), ws, strict=True)]):
-        _soft_threshold_(some_ws, _wide(some_ts))
+    t = ts[0] if len(ws) == 1 else _spread(ts, ws)
+    for (some_ws,) in _pieces(ws):
+        _soft_threshold_(some_ws, t)
 
 
 def soft_threshold_each_(
@@ -195,11 +196,15 @@ def soft_threshold_each_(
         cap: the largest threshold.
     """
     ws = _local(ws)
-    spread = ([x.expand_as(w) for x, w in zip(xs.unbind(), ws, strict=True)] for xs in (numerators, eps))
-    for some_ws, *others in _pieces(ws, moments, *spread):
-        v, numerator, e = map(_wide, others)
-        t = v.sqrt().add_(e)
+    numerator, e = (x[0] if len(ws) == 1 else _spread(x, ws) for x in (numerators, eps))
+    for some_ws, some_moments in _pieces(ws, moments):
+        t = _wide(some_moments).sqrt().add_(e)
         _soft_threshold_(some_ws, torch.div(numerator, t, out=t).clamp_max_(cap))
+
+
+def _spread(xs: Tensor, ws: Sequence[Tensor]) -> Tensor:
+    """An element for each tensor of a pack, as one for each of theirs, `_joined`."""
+    return _joined([x.expand_as(w) for x, w in zip(xs.unbind(), ws, strict=True)])
 
 
 def _with_signs(
@@ -207,7 +212,7 @@ def _with_signs(
 ) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
     """`_pieces`, and the signs of the first, in memory that the next piece uses again."""
     buffer = None
-    for some_ws, some_grads in _pieces(ws, grads):
+    for some_ws, some_grads in _pieces(ws, grads, times=2):  # one buffer is all that is written beside them
         if len(some_ws) > 1 or torch.compiler.is_compiling():
             yield some_ws, some_grads, list(torch._foreach_sign(some_ws))
             continue
@@ -273,19 +278,19 @@ def _soft_threshold_(some: list[Tensor], t: Scalar) -> None:
         torch._foreach_copy_(some, _parted(x.sub_(clamped), some))
 
 
-def _pieces(*lists: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
+def _pieces(*lists: Sequence[Tensor], times: int = 1) -> Iterator[tuple[list[Tensor], ...]]:
     """Corresponding pieces of lists of tensors of the same shapes: chunks of single ones, or all of a pack."""
     parts = tuple(map(_local, lists))
     if len(parts[0]) > 1 or torch.compiler.is_compiling():
         yield parts
     else:
-        for chunks in _chunks(*(x for (x,) in parts)):
+        for chunks in _chunks(*(x for (x,) in parts), times=times):
             yield tuple([chunk] for chunk in chunks)
 
 
-def _chunks(w: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _chunks(w: Tensor, *others: Tensor, times: int) -> Iterator[tuple[Tensor, ...]]:
     """Tensors of one shape, cut alike, whatever their strides: along dim 0, if its rows fit a chunk."""
-    size, chunk = w.numel(), _sizes(w).chunk
+    size, chunk = w.numel(), times * _sizes(w).chunk
     if size <= chunk:
         return iter([(w, *others)])
     if all(x.is_contiguous() for x in (w, *others)):

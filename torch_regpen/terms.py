@@ -544,12 +544,13 @@ def _block_soft_threshold(x: Tensor, r: Tensor, grouping: NormGrouping) -> Tenso
     """
     tiny = torch.finfo(r.dtype).tiny
     r = r.clamp_min(tiny)
-    at_zero, norm = grouping.totals((x / r).abs().square(), x.abs().square())
-    theta = torch.maximum(norm.sqrt() - grouping.largest(r), grouping.largest(x.abs() - r)).clamp_min(0)
+    modulus = x.abs()
+    at_zero, norm = grouping.totals((modulus / r).square_(), modulus.square())
+    theta = torch.maximum(norm.sqrt() - grouping.largest(r), grouping.largest(modulus - r)).clamp_min(0)
     for _ in range(NEWTON_STEPS):
-        inverse = 1 / (theta + r)
-        squares = (x * inverse).abs().square()
-        f, slope = grouping.totals(squares, squares * inverse)
+        inverse = (theta + r).reciprocal_()
+        squares = (modulus * inverse).square_()
+        f, slope = grouping.totals(squares, inverse.mul_(squares))
         theta = theta + f * (f.sqrt() - 1) / slope
     theta = torch.where(at_zero <= 1, 0, theta)
     return x * (theta / (theta + r))

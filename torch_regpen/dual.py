@@ -67,12 +67,13 @@ def _of_large(flat: Tensor) -> Tensor:
     if len(flat) % in_word or flat.storage_offset() % in_word:
         flat = torch.nn.functional.pad(flat, (0, -len(flat) % in_word))
     words = flat.view(torch.int64)
-    chunk = CHUNK if flat.device.type == "cpu" else len(words)
+    chunk = min(CHUNK, len(words)) if flat.device.type == "cpu" else len(words)
     places = torch.arange(1, 2 * chunk, 2, device=flat.device)
-    sums = []
-    for some in words.split(chunk):
-        sums.append((some * places[: len(some)]).sum())
+    first, *others = words.split(chunk)
+    sums = [(first * places).sum()]
+    for some in others:
         places += 2 * chunk
+        sums.append((some * places[: len(some)]).sum())
     return torch.stack(sums).sum()
 
 
@@ -81,7 +82,9 @@ def _flat(parameter: Tensor) -> Tensor:
     return (torch.view_as_real(w) if w.is_complex() else w).reshape(-1)
 
 
-def to_latent_together(parameters: Sequence[Tensor], states: Sequence[State], known: Sequence[Tensor]) -> None:
+def to_latent_together(
+    parameters: Sequence[Tensor], states: Sequence[State], known: Sequence[Tensor], keep: bool
+) -> None:
     """`to_latent` of a pack, all of which have a twin and a known fingerprint."""
     changed = (torch.stack(fingerprints(parameters)) != torch.stack(list(known))).unbind()
     ws = [local(parameter) for parameter in parameters]
@@ -89,7 +92,8 @@ def to_latent_together(parameters: Sequence[Tensor], states: Sequence[State], kn
     latent = [torch.where(c, w.to(twin.dtype), twin) for c, w, twin in zip(changed, ws, twins, strict=True)]
     for state, c in zip(states, changed, strict=True):
         local(state[STEPS]).masked_fill_(c, 0)
-    torch._foreach_copy_(twins, ws)
+    if keep:
+        torch._foreach_copy_(twins, ws)
     torch._foreach_copy_(ws, latent)
 
 
@@ -101,13 +105,14 @@ def to_visible_together(parameters: Sequence[Tensor], states: Sequence[State], s
     multi_tensor.soft_thresholds_(parameters, torch.stack(steps) * linear)
 
 
-def to_latent(parameter: Tensor, state: State, known: Tensor | None) -> None:
-    """Put the latent weights in place of the visible ones, which are kept where the latent ones were.
+def to_latent(parameter: Tensor, state: State, known: Tensor | None, keep: bool) -> None:
+    """Put the latent weights in place of the visible ones.
 
     Args:
         parameter: holds the visible weights.
         state: the optimizer's state of the parameter; without a twin in it the latent weights are the visible ones.
         known: the fingerprint of the weights that the last step left; where it differs now the twin starts anew.
+        keep: the visible weights, where the latent ones were: a cap is relative to them.
     """
     if LATENT not in state:
         return
@@ -119,7 +124,8 @@ def to_latent(parameter: Tensor, state: State, known: Tensor | None) -> None:
     for take in multi_tensor.cuts(w, range(w.ndim)):
         seen, latent = take(w), _read_now(take(twin))
         latent = latent.clone() if changed is None else torch.where(changed, seen.to(twin.dtype), latent)
-        take(twin).copy_(_read_now(seen))
+        if keep:
+            take(twin).copy_(_read_now(seen))
         seen.copy_(latent)
 
 

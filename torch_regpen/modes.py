@@ -152,16 +152,17 @@ class Dual(Proximal):
             for _, parameter in _singly(active):
                 parameter.copy_(self.moved.pop(id(parameter)))
             return
+        keep = differs_by_coordinate(self.optimizer, self.metric)
         for bundle in active:
             if bundle.off:
                 continue
             states = [self.optimizer.state.get(parameter, {}) for parameter in bundle.tensors]
             known = [self.left[id(parameter)] for parameter in bundle.tensors if id(parameter) in self.left]
             if 1 < len(states) == len(known) and all(dual.LATENT in state for state in states):
-                dual.to_latent_together(bundle.tensors, states, known)
+                dual.to_latent_together(bundle.tensors, states, known, keep)
                 continue
             for parameter, state in zip(bundle.tensors, states, strict=True):
-                dual.to_latent(parameter, state, self.left.get(id(parameter)))
+                dual.to_latent(parameter, state, self.left.get(id(parameter)), keep)
 
     def prox_steps(self, bundle: Bundle) -> list[float | Tensor]:
         sizes = super().prox_steps(bundle)

@@ -7,6 +7,7 @@ sum of the steps live in the optimizer's state of the parameter, so that they tr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -67,14 +68,22 @@ def _of_large(flat: Tensor) -> Tensor:
     if len(flat) % in_word or flat.storage_offset() % in_word:
         flat = torch.nn.functional.pad(flat, (0, -len(flat) % in_word))
     words = flat.view(torch.int64)
-    chunk = min(CHUNK, len(words)) if flat.device.type == "cpu" else len(words)
-    places = torch.arange(1, 2 * chunk, 2, device=flat.device)
-    first, *others = words.split(chunk)
-    sums = [(first * places).sum()]
-    for some in others:
-        places += 2 * chunk
-        sums.append((some * places[: len(some)]).sum())
-    return torch.stack(sums).sum()
+    chunk = CHUNK if flat.device.type == "cpu" else len(words)
+    places = _places(chunk, flat.device)
+    sums = [(some * places[: len(some)]).sum() for some in words.split(chunk)]
+    return sums[0] if len(sums) == 1 else (torch.stack(sums) * places[: len(sums)]).sum()
+
+
+def _places(size: int, device: torch.device) -> Tensor:
+    if torch.compiler.is_compiling() or device.type != "cpu":
+        return torch.arange(1, 2 * size, 2, device=device)
+    return _places_known(size)
+
+
+@cache
+def _places_known(size: int) -> Tensor:
+    """To count takes as long as to multiply."""
+    return torch.arange(1, 2 * size, 2)
 
 
 def _flat(parameter: Tensor) -> Tensor:

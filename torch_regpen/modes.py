@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -177,8 +178,8 @@ class Dual(Proximal):
                 for parameter, state, step in zip(bundle.tensors, states, steps, strict=True):
                     dual.restart(parameter, state, step)
                 continue
-            alike = bundle.one_step(steps) and len(states) > 1 and all(dual.LATENT in state for state in states)
-            if alike and bundle.shrinks and bundle.coefficients[1] == 0:
+            alike = bundle.one_step(steps) and all(dual.LATENT in state for state in states)
+            if not torch.compiler.is_compiling() and alike and bundle.shrinks and bundle.coefficients[1] == 0:
                 dual.to_visible_together(bundle.tensors, states, steps[0].size, bundle.coefficients[0])
             else:
                 for terms, state, step in zip(bundle.each, states, steps, strict=True):

@@ -271,7 +271,8 @@ def _soft_threshold_(some: list[Tensor], t: Scalar) -> None:
     x = w.to(working_dtype(w.dtype))
     if torch.compiler.is_compiling():
         t = _variable(t, x)
-    clamped = torch.clamp(x, -t, t)  # type: ignore[arg-type]  # both numbers, or both tensors
+    one = isinstance(t, Tensor) and t.ndim == 0  # which clamp would read for each element
+    clamped = torch.minimum(x, t).clamp_min_(-t) if one else torch.clamp(x, -t, t)  # type: ignore[arg-type]
     if x is w:
         torch._foreach_sub_(some, _parted(clamped, some))
     else:

@@ -224,6 +224,8 @@ def _like(x: Tensor, buffer: Tensor | None) -> Tensor | None:
     """Memory to write to for each piece anew, where that is known to be possible; None for what torch allocates."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
+    if buffer is not None and buffer.is_contiguous() and x.is_contiguous() and x.numel() <= buffer.numel():
+        return buffer.view(-1)[: x.numel()].view(x.shape)
     return buffer if buffer is not None and buffer.shape == x.shape else torch.empty_like(x)
 
 
@@ -267,12 +269,15 @@ def _shrinks_in_place(ws: Sequence[Tensor], t: Scalar) -> bool:
 
 
 def _soft_threshold_(some: list[Tensor], t: Scalar) -> None:
+    """`soft_threshold_` of one piece; thresholds for each element are used up."""
     w = _joined(some)
     x = w.to(working_dtype(w.dtype))
     if torch.compiler.is_compiling():
         t = _variable(t, x)
-    one = isinstance(t, Tensor) and t.ndim == 0  # which clamp would read for each element
-    clamped = torch.minimum(x, t).clamp_min_(-t) if one else torch.clamp(x, -t, t)  # type: ignore[arg-type]
+    if isinstance(t, Tensor):  # clamp would take a tensor for -t, and read a single element for each of x
+        clamped = torch.minimum(x, t).clamp_min_(t.neg_() if t.ndim else -t)
+    else:
+        clamped = torch.clamp(x, -t, t)
     if x is w:
         torch._foreach_sub_(some, _parted(clamped, some))
     else:

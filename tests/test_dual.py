@@ -139,6 +139,23 @@ def test_a_zero_comes_back_with_all_that_it_has_gathered():
     assert seen == [0.0, 0.0, 0.0, pytest.approx(1.0 - 0.8)]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_thresholds_that_half_precision_rounds_away_add_up(dtype):
+    start, lr, steps = torch.tensor([0.51, -1.9], dtype=dtype), 2.4e-4, 2200
+    ends = {}
+    for mode in ("proximal", "decoupled", "dual"):
+        w = start.clone().requires_grad_()
+        w.grad = torch.zeros_like(w)
+        optimizer = Regularized(torch.optim.SGD([w], lr=lr), L1([w], 1.0), mode)
+        for _ in range(steps):
+            optimizer.step()
+        ends[mode] = w.detach()
+    assert torch.equal(ends["proximal"], start)  # lr*lam is less than half a unit in the last place
+    assert torch.equal(ends["decoupled"], start)
+    assert ends["dual"][0] == 0
+    torch.testing.assert_close(ends["dual"], nn.functional.softshrink(start.double(), steps * lr).to(dtype))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("make", [sgd, adam])
 def test_every_kind_and_grouping_trains_and_moves_by_its_own_prox(kind, make):
@@ -445,3 +462,22 @@ def test_no_value_is_read_back(kind, make):
         for p in model.parameters():
             p.grad = torch.empty_like(p)
         optimizer.step()
+
+
+def test_twins_go_on_when_a_neighbour_has_no_gradient():
+    """Small tensors go together, those that are in the step."""
+
+    def train(both):
+        torch.manual_seed(0)
+        ws = [torch.randn(shape, requires_grad=True) for shape in ((4, 3), (2, 5), (6,))]
+        optimizer = Regularized(
+            torch.optim.SGD(ws if both else ws[1:], lr=0.1), L1(ws if both else ws[1:], 0.05), "dual"
+        )
+        for step in range(8):
+            for w in ws[1:]:
+                w.grad = torch.sin(w.detach() + step)
+            ws[0].grad = torch.ones_like(ws[0]) if step in (0, 1, 4) else None
+            optimizer.step()
+        return ws[1:]
+
+    assert all(map(torch.equal, train(True), train(False)))

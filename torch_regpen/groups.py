@@ -46,6 +46,10 @@ class Grouping(ABC):
     def magnitudes_shape(self, shape: torch.Size) -> torch.Size:
         """The shape of the magnitudes of a tensor of this shape."""
 
+    def separates(self, dim: int, ndim: int) -> bool:
+        """Whether each slice of a tensor along a dimension holds whole groups."""
+        return False
+
 
 @dataclass(frozen=True)
 class Elements(Grouping):
@@ -59,6 +63,9 @@ class Elements(Grouping):
 
     def magnitudes_shape(self, shape: torch.Size) -> torch.Size:
         return shape
+
+    def separates(self, dim: int, ndim: int) -> bool:
+        return True
 
     def spread(self, magnitudes: Tensor, w: Tensor) -> Tensor:
         """One number for each group, as one for each element of `w`."""
@@ -88,6 +95,12 @@ class NormGrouping(Grouping):
         u = self.norm(x) / math.sqrt(self.count(w.shape))
         return u, lambda magnitude: (x * _ratio(magnitude, u)).reshape(w.shape)
 
+    def scale_(self, w: Tensor, change: Callable[[Tensor], Tensor]) -> None:
+        """Give each group of `w` the magnitude `change(u)`, in place; `view(w)` has to be one."""
+        x = self.view(w)
+        u = self.norm(x) / math.sqrt(self.count(w.shape))
+        x.mul_(_ratio(change(u), u))
+
     def spread(self, magnitudes: Tensor, w: Tensor) -> Tensor:
         """One number for each group, as one for each element of `w`."""
         return magnitudes.expand(self.view(w).shape).reshape(w.shape)
@@ -97,6 +110,8 @@ class NormGrouping(Grouping):
         dims = self.dims(x.ndim)
         if not dims:
             return x.abs().to(working_dtype(x.dtype))
+        if dims[0] == 0 and len(dims) < x.ndim and x.device.type == "cpu" and not _traced():
+            return _norm_across(x, dims)
         dtype = None if x.is_complex() else working_dtype(x.dtype)
         # In float32 a sum over very many elements drifts: there, one dimension after the other.
         large = math.prod([x.shape[d] for d in dims]) > 1 << 16
@@ -152,6 +167,9 @@ class Slices(NormGrouping):
 
     def dims(self, ndim: int) -> list[int]:
         return [d for d in range(ndim) if d != self.dim % ndim]
+
+    def separates(self, dim: int, ndim: int) -> bool:
+        return dim == self.dim % ndim
 
     def check(self, shape: torch.Size) -> None:
         _check_dim(self.dim, shape)
@@ -300,6 +318,23 @@ def resolve(groups: Groups | None, unit_dims: tuple[int, int] = (0, 1), scale: b
 def largest(x: Tensor) -> Tensor:
     """The largest of all elements, 0-dim; 0 where there are none, as on ranks that hold nothing of a tensor."""
     return x.max() if x.numel() else x.new_zeros(())
+
+
+def _traced() -> bool:
+    """Whether what is computed may be differentiated, transformed or compiled."""
+    transformed: bool = torch._C._are_functorch_transforms_active()
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed
+
+
+def _norm_across(x: Tensor, dims: list[int]) -> Tensor:
+    """The norm over dim 0 and others, in the order of memory: vector_norm strides through it, and drifts."""
+    dtype = working_dtype(x.dtype)
+    squares = torch.zeros((1, *x.shape[1:]), dtype=torch.float64)
+    for rows in x.split(max(1, (len(x) << 16) // max(x.numel(), 1))):
+        squares += rows.abs().to(dtype).square_().sum(0)
+    for dim in dims[1:]:
+        squares = squares.sum(dim, keepdim=True)
+    return squares.sqrt_().to(dtype)
 
 
 def _ratio(magnitude: Tensor, u: Tensor) -> Tensor:

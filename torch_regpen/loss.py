@@ -58,7 +58,8 @@ def _by_place(work: list[Bundle]) -> tuple[list[Bundle], list[sharding.Part]]:
 def _value(bundle: Bundle) -> Tensor:
     ws = bundle.tensors
     if not torch.compiler.is_compiling():
-        return _EagerValue.apply(bundle, *ws)  # type: ignore[no-any-return, no-untyped-call]
+        function = _EagerValue if torch._C._are_functorch_transforms_active() else _PlainValue
+        return function.apply(bundle, *ws)  # type: ignore[no-any-return, no-untyped-call]
     differentiable = torch.is_grad_enabled() and any(w.requires_grad for w in ws)
     if differentiable:
         _mark(bundle)
@@ -112,6 +113,18 @@ class _EagerValue(_Value):
             if tangent is not None
         ]
         return torch.stack(products).sum()
+
+
+class _PlainValue(_EagerValue):
+    """The same without transforms of torch.func: for a `setup_context`, torch inspects a signature at each call."""
+
+    setup_context = staticmethod(torch.autograd.Function.setup_context)
+
+    @staticmethod
+    def forward(ctx: Any, bundle: Bundle, *ws: Tensor) -> Tensor:  # type: ignore[override]
+        value = _Value.forward(bundle, *ws)
+        _Value.setup_context(ctx, (bundle, *ws), value)
+        return value
 
 
 class _GradientOnly(_EagerValue):

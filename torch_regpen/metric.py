@@ -14,7 +14,7 @@ from torch import Tensor, optim
 from torch.optim import Optimizer
 
 from .groups import largest
-from .terms import Step
+from .terms import Step, Take
 
 __all__ = ["Metric", "RootStep", "Step", "differs_by_coordinate", "quotients", "steps_of", "why_not"]
 
@@ -39,6 +39,10 @@ class RootStep(NamedTuple):
     cap: float | Tensor
     beta: float = 0.0
     updates: Tensor | None = None
+
+    def part(self, take: Take) -> RootStep:
+        """The step of what `take` takes of the parameter."""
+        return self._replace(moment=take(self.moment))
 
     @property
     def size(self) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -148,12 +149,21 @@ class Dual(Proximal):
             parameter.copy_(dual.visible(terms, self.optimizer.state[parameter]))
 
     def after_backward(self, active: list[Bundle], first: bool) -> None:
-        for _, parameter in _singly(active):
-            key = id(parameter)
-            if first:
-                dual.to_latent(parameter, self.optimizer.state.get(parameter, {}), self.left.get(key))
-            else:
-                parameter.copy_(self.moved.pop(key))
+        if not first:
+            for _, parameter in _singly(active):
+                parameter.copy_(self.moved.pop(id(parameter)))
+            return
+        keep = differs_by_coordinate(self.optimizer, self.metric)
+        for bundle in active:
+            if bundle.off:
+                continue
+            states = [self.optimizer.state.get(parameter, {}) for parameter in bundle.tensors]
+            known = [self.left[id(parameter)] for parameter in bundle.tensors if id(parameter) in self.left]
+            if 1 < len(states) == len(known) and all(dual.LATENT in state for state in states):
+                dual.to_latent_together(bundle.tensors, states, known, keep)
+                continue
+            for parameter, state in zip(bundle.tensors, states, strict=True):
+                dual.to_latent(parameter, state, self.left.get(id(parameter)), keep)
 
     def prox_steps(self, bundle: Bundle) -> list[float | Tensor]:
         sizes = super().prox_steps(bundle)
@@ -162,13 +172,19 @@ class Dual(Proximal):
 
     def after_update(self, active: list[Bundle]) -> None:
         for bundle in active:
-            for terms, parameter, step in zip(bundle.each, bundle.tensors, self.steps_of(bundle), strict=True):
-                state = self.optimizer.state[parameter]
-                if bundle.off:
-                    dual.restart(parameter, state, Step(step.size, step.cap))
-                    continue
-                dual.to_visible(terms, state, Step(step.size, step.cap))
-                self.left[id(parameter)] = dual.fingerprint(parameter)
+            steps = self.steps_of(bundle)
+            states = [self.optimizer.state[parameter] for parameter in bundle.tensors]
+            if bundle.off:
+                for parameter, state, step in zip(bundle.tensors, states, steps, strict=True):
+                    dual.restart(parameter, state, step)
+                continue
+            alike = bundle.one_step(steps) and all(dual.LATENT in state for state in states)
+            if not torch.compiler.is_compiling() and alike and bundle.shrinks and bundle.coefficients[1] == 0:
+                dual.to_visible_together(bundle.tensors, states, steps[0].size, bundle.coefficients[0])
+            else:
+                for terms, state, step in zip(bundle.each, states, steps, strict=True):
+                    dual.to_visible(terms, state, step)
+            self.left.update(zip(map(id, bundle.tensors), dual.fingerprints(bundle.tensors), strict=True))
 
 
 def _singly(active: list[Bundle]) -> Iterator[tuple[list[Term], Tensor]]:

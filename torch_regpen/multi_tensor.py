@@ -6,8 +6,9 @@ tensors of one pack. Nothing reads a value back from the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +21,13 @@ from .sharding import local
 __all__ = [
     "add_",
     "add_with_total_",
+    "cuts",
     "gradients",
     "mul_",
     "packs",
     "soft_threshold_",
     "soft_threshold_each_",
+    "soft_thresholds_",
     "total",
 ]
 
@@ -44,12 +47,15 @@ class Sizes:
     chunk: int
 
 
-CPU = Sizes(small=1 << 15, pack=1 << 16, chunk=1 << 18)  # a chunk of float32 is 1 MiB, within the second-level cache
+# A chunk of float32 and what is computed beside it are within the second-level cache; temporaries of twice the size go
+# back to the system each time, and new ones cost more than what is done to them.
+CPU = Sizes(small=1 << 15, pack=1 << 16, chunk=1 << 17)
 CUDA = Sizes(small=1 << 21, pack=1 << 24, chunk=1 << 24)  # enough to keep the device busy
 
 ROW = 1 << 9  # elements that a norm in float32 may sum one after the other
 
 Scalar = float | Tensor  # a number or a 0-dim tensor
+Take = Callable[[Any], Any]
 
 
 def packs(ws: Sequence[Tensor]) -> list[list[int]]:
@@ -74,9 +80,42 @@ def packs(ws: Sequence[Tensor]) -> list[list[int]]:
     return found
 
 
+def cuts(w: Tensor, dims: Sequence[int], times: int = 1) -> Iterator[Take]:
+    """For each piece of a tensor what takes it, and the same of a tensor beside it; of all else, it takes the whole.
+
+    Args:
+        w: the tensor.
+        dims: along which it may be cut.
+        times: how much larger than usual the pieces may be, where next to nothing is written beside them.
+    """
+    chunk = times * _sizes(w).chunk
+    if not dims or w.numel() <= chunk or local(w) is not w or torch.compiler.is_compiling():
+        yield lambda x: x
+        return
+    dim = max(dims, key=w.size)
+    length = max(1, chunk * w.shape[dim] // w.numel())
+    for start in range(0, w.shape[dim], length):
+        yield partial(_narrow, dim, start, length, w.shape[dim])
+
+
+def _narrow(dim: int, start: int, length: int, whole: int, x: Any) -> Any:
+    if not isinstance(x, Tensor) or x.ndim <= dim or x.shape[dim] != whole:
+        return x
+    return x.narrow(dim, start, min(length, whole - start))
+
+
 def total(ws: Sequence[Tensor], linear: float, quadratic: float) -> Tensor:
     """`sum (linear*|w| + quadratic*w^2)` over all elements, 0-dim, accumulated in float32 at least."""
-    return _sum([_total(some, linear, quadratic) for (some,) in _pieces(ws)])
+    values = []
+    buffer = None
+    for (some,) in _pieces(ws, times=2):
+        x = _wide(some)
+        if quadratic:
+            values.append(quadratic * _sum_of_squares(x))
+        if linear or not quadratic:
+            buffer = _like(x, buffer)
+            values.append(linear * torch.abs(x, out=buffer).sum())
+    return _sum(values)
 
 
 def gradients(ws: Sequence[Tensor], linear: Tensor | None, quadratic: Tensor | None) -> list[Tensor]:
@@ -136,6 +175,14 @@ def soft_threshold_(ws: Sequence[Tensor], t: Scalar) -> None:
             _soft_threshold_(some, t)
 
 
+def soft_thresholds_(ws: Sequence[Tensor], ts: Tensor) -> None:
+    """`soft_threshold_`, an element of `ts` for each tensor."""
+    ws = _local(ws)
+    t = ts[0] if len(ws) == 1 else _spread(ts, ws)
+    for (some_ws,) in _pieces(ws):
+        _soft_threshold_(some_ws, t)
+
+
 def soft_threshold_each_(
     ws: Sequence[Tensor], moments: Sequence[Tensor], numerators: Tensor, eps: Tensor, cap: Scalar
 ) -> None:
@@ -149,19 +196,15 @@ def soft_threshold_each_(
         cap: the largest threshold.
     """
     ws = _local(ws)
-    spread = ([x.expand_as(w) for x, w in zip(xs.unbind(), ws, strict=True)] for xs in (numerators, eps))
-    for some_ws, *others in _pieces(ws, moments, *spread):
-        v, numerator, e = map(_wide, others)
-        t = v.sqrt().add_(e)
+    numerator, e = (x[0] if len(ws) == 1 else _spread(x, ws) for x in (numerators, eps))
+    for some_ws, some_moments in _pieces(ws, moments):
+        t = _wide(some_moments).sqrt().add_(e)
         _soft_threshold_(some_ws, torch.div(numerator, t, out=t).clamp_max_(cap))
 
 
-def _total(some: list[Tensor], linear: float, quadratic: float) -> Tensor:
-    x = _wide(some)
-    if not quadratic:
-        return linear * x.abs().sum()
-    squares = quadratic * _sum_of_squares(x)
-    return squares + linear * x.abs().sum() if linear else squares
+def _spread(xs: Tensor, ws: Sequence[Tensor]) -> Tensor:
+    """An element for each tensor of a pack, as one for each of theirs, `_joined`."""
+    return _joined([x.expand_as(w) for x, w in zip(xs.unbind(), ws, strict=True)])
 
 
 def _with_signs(
@@ -169,13 +212,21 @@ def _with_signs(
 ) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
     """`_pieces`, and the signs of the first, in memory that the next piece uses again."""
     buffer = None
-    for some_ws, some_grads in _pieces(ws, grads):
+    for some_ws, some_grads in _pieces(ws, grads, times=2):  # one buffer is all that is written beside them
         if len(some_ws) > 1 or torch.compiler.is_compiling():
             yield some_ws, some_grads, list(torch._foreach_sign(some_ws))
             continue
-        if buffer is None or buffer.shape != some_ws[0].shape:
-            buffer = torch.empty_like(some_ws[0])
+        buffer = _like(some_ws[0], buffer)
         yield some_ws, some_grads, [torch.sign(some_ws[0], out=buffer)]
+
+
+def _like(x: Tensor, buffer: Tensor | None) -> Tensor | None:
+    """Memory to write to for each piece anew, where that is known to be possible; None for what torch allocates."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None
+    if buffer is not None and buffer.is_contiguous() and x.is_contiguous() and x.numel() <= buffer.numel():
+        return buffer.view(-1)[: x.numel()].view(x.shape)
+    return buffer if buffer is not None and buffer.shape == x.shape else torch.empty_like(x)
 
 
 def _add_(xs: list[Tensor], ys: list[Tensor], alpha: float) -> None:
@@ -218,30 +269,34 @@ def _shrinks_in_place(ws: Sequence[Tensor], t: Scalar) -> bool:
 
 
 def _soft_threshold_(some: list[Tensor], t: Scalar) -> None:
+    """`soft_threshold_` of one piece; thresholds for each element are used up."""
     w = _joined(some)
     x = w.to(working_dtype(w.dtype))
     if torch.compiler.is_compiling():
         t = _variable(t, x)
-    clamped = torch.clamp(x, -t, t)  # type: ignore[arg-type]  # both numbers, or both tensors
+    if isinstance(t, Tensor):  # clamp would take a tensor for -t, and read a single element for each of x
+        clamped = torch.minimum(x, t).clamp_min_(t.neg_() if t.ndim else -t)
+    else:
+        clamped = torch.clamp(x, -t, t)
     if x is w:
         torch._foreach_sub_(some, _parted(clamped, some))
     else:
         torch._foreach_copy_(some, _parted(x.sub_(clamped), some))
 
 
-def _pieces(*lists: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
+def _pieces(*lists: Sequence[Tensor], times: int = 1) -> Iterator[tuple[list[Tensor], ...]]:
     """Corresponding pieces of lists of tensors of the same shapes: chunks of single ones, or all of a pack."""
     parts = tuple(map(_local, lists))
     if len(parts[0]) > 1 or torch.compiler.is_compiling():
         yield parts
     else:
-        for chunks in _chunks(*(x for (x,) in parts)):
+        for chunks in _chunks(*(x for (x,) in parts), times=times):
             yield tuple([chunk] for chunk in chunks)
 
 
-def _chunks(w: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _chunks(w: Tensor, *others: Tensor, times: int) -> Iterator[tuple[Tensor, ...]]:
     """Tensors of one shape, cut alike, whatever their strides: along dim 0, if its rows fit a chunk."""
-    size, chunk = w.numel(), _sizes(w).chunk
+    size, chunk = w.numel(), times * _sizes(w).chunk
     if size <= chunk:
         return iter([(w, *others)])
     if all(x.is_contiguous() for x in (w, *others)):

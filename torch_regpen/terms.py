@@ -8,8 +8,9 @@ terms of a tensor at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from .penalty import Penalty
 
 NEWTON_STEPS = 16
+
+Take = multi_tensor.Take
 
 
 @dataclass(slots=True, eq=False)
@@ -176,6 +179,11 @@ class Bundle:
         """Whether the terms do nothing at the present lambda."""
         return all(term.off for term in self.terms)
 
+    @staticmethod
+    def one_step(steps: Sequence[Sized]) -> bool:
+        """Whether all its tensors have the same step, a scalar without a cap."""
+        return steps[0].cap is None and _scalar(steps[0].size) and all(step is steps[0] for step in steps)
+
     def part(self, indices: list[int]) -> Bundle:
         """Those of its tensors."""
         if len(indices) == len(self.tensors):
@@ -246,6 +254,10 @@ class Step(NamedTuple):
     size: float | Tensor
     cap: float | Tensor | None = None
 
+    def part(self, take: Take) -> Step:
+        """The step of what `take` takes of the parameter."""
+        return self._replace(size=take(self.size))
+
 
 class Sized(Protocol):
     """A `Step`, or what will be one when it is looked at."""
@@ -254,12 +266,13 @@ class Sized(Protocol):
     def size(self) -> float | Tensor: ...
     @property
     def cap(self) -> float | Tensor | None: ...
+    def part(self, take: Take) -> Sized: ...
 
 
 def prox_(bundle: Bundle, steps: Sequence[Sized]) -> None:
     """The proximal map of the terms of each tensor, in place, with its own step; see `prox`."""
     step = steps[0]
-    if bundle.shrinks and step.cap is None and _scalar(step.size) and all(other is step for other in steps):
+    if bundle.shrinks and bundle.one_step(steps):
         linear, quadratic = bundle.coefficients
         if linear:
             multi_tensor.soft_threshold_(bundle.tensors, step.size * linear)
@@ -267,8 +280,29 @@ def prox_(bundle: Bundle, steps: Sequence[Sized]) -> None:
             multi_tensor.mul_(bundle.tensors, 1 / (1 + step.size * (2 * quadratic)))
         return
     for terms, step in zip(bundle.each, steps, strict=True):
-        if terms := [term for term in terms if not term.off]:
-            terms[0].tensor.copy_(prox(terms, step.size, step.cap))
+        terms = [term for term in terms if not term.off]
+        if _prox_along_rays_(terms, step):
+            continue
+        for some, take in pieces(terms):
+            part = step.part(take)
+            some[0].tensor.copy_(prox(some, part.size, part.cap))
+
+
+def _prox_along_rays_(terms: list[Term], step: Sized) -> bool:
+    """The proximal map of a single term over groups in place, where that takes no copy; whether it does."""
+    if len(terms) != 1 or step.cap is not None or not _scalar(step.size):
+        return False
+    (term,) = terms
+    w, grouping = term.tensor, term.grouping
+    if not isinstance(grouping, NormGrouping) or term.center is not None or term.kind.positive:
+        return False
+    if torch.compiler.is_compiling() or local(w) is not w or grouping.view(w).data_ptr() != w.data_ptr():
+        return False
+    rows = [dim for dim in _separable(terms) if dim == 0]  # along another dimension a norm reads memory in order uncut
+    for take in multi_tensor.cuts(w, rows, times=8):
+        t = step.size * take(term.scaled_lam)
+        grouping.scale_(take(w), partial(term.kind.rho_prox, t=t))
+    return True
 
 
 def decay_(bundle: Bundle, step: float | Tensor) -> None:
@@ -282,8 +316,31 @@ def decay_(bundle: Bundle, step: float | Tensor) -> None:
             multi_tensor.soft_threshold_(bundle.tensors, step * linear)
         return
     for terms in bundle.each:
-        if terms := [term for term in terms if not term.off]:
-            terms[0].tensor.copy_(decayed(terms, step))
+        for some, _ in pieces([term for term in terms if not term.off]):
+            some[0].tensor.copy_(decayed(some, step))
+
+
+def pieces(terms: list[Term]) -> Iterator[tuple[list[Term], Take]]:
+    """The terms of one tensor, on pieces of it that fit the cache, where it can be cut between their groups.
+
+    Yields:
+        The terms on a piece, and what takes the same piece of anything beside the tensor.
+    """
+    if not terms:
+        return
+    w = terms[0].tensor
+    for take in multi_tensor.cuts(w, _separable(terms)):
+        piece = take(w)
+        if piece is w:
+            yield terms, take
+        else:
+            yield [replace(t, tensor=piece, weights=take(t.weights), center=take(t.center)) for t in terms], take
+
+
+def _separable(terms: list[Term]) -> list[int]:
+    """The dimensions along which their tensor can be cut between groups."""
+    ndim = terms[0].tensor.ndim
+    return [dim for dim in range(ndim) if all(term.grouping.separates(dim, ndim) for term in terms)]
 
 
 def _scalar(x: float | Tensor) -> bool:
@@ -488,12 +545,13 @@ def _block_soft_threshold(x: Tensor, r: Tensor, grouping: NormGrouping) -> Tenso
     """
     tiny = torch.finfo(r.dtype).tiny
     r = r.clamp_min(tiny)
-    at_zero, norm = grouping.totals((x / r).abs().square(), x.abs().square())
-    theta = torch.maximum(norm.sqrt() - grouping.largest(r), grouping.largest(x.abs() - r)).clamp_min(0)
+    modulus = x.abs()
+    at_zero, norm = grouping.totals((modulus / r).square_(), modulus.square())
+    theta = torch.maximum(norm.sqrt() - grouping.largest(r), grouping.largest(modulus - r)).clamp_min(0)
     for _ in range(NEWTON_STEPS):
-        inverse = 1 / (theta + r)
-        squares = (x * inverse).abs().square()
-        f, slope = grouping.totals(squares, squares * inverse)
+        inverse = (theta + r).reciprocal_()
+        squares = (modulus * inverse).square_()
+        f, slope = grouping.totals(squares, inverse.mul_(squares))
         theta = theta + f * (f.sqrt() - 1) / slope
     theta = torch.where(at_zero <= 1, 0, theta)
     return x * (theta / (theta + r))

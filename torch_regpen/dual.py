@@ -56,7 +56,7 @@ def _of_small(flat: list[Tensor]) -> list[Tensor]:
     """By the differences of running sums over all of them."""
     sizes = [0, *map(len, flat)]
     bits = torch.cat([x.view(INTEGERS[x.element_size()]) for x in flat])
-    places = torch.arange(1, 2 * max(sizes), 2, device=bits.device)
+    places = 2 * torch.arange(max(sizes), device=bits.device) + 1  # of none, where all shards are on other ranks
     sums = (bits * torch.cat([places[:size] for size in sizes])).cumsum(0)
     ends = torch.tensor(sizes).to(sums.device, non_blocking=True).cumsum(0)
     return list(torch.nn.functional.pad(sums, (1, 0))[ends].diff().unbind())

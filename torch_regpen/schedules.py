@@ -227,7 +227,7 @@ def _bisect(work: list[tuple[list[Term], Any]], wanted: float, low: float, high:
     All but the result stays on the device. Where there is none it is the upper end.
     """
     width, left = high - low, torch.tensor(low)
-    for _ in range(30 if width > 1 else 8):
+    for _ in range(20 if width > 1 else 8):  # lambda to a ten-thousandth, or to a thousandth
         width /= 2
         factor = (left + width).exp2()
         after = ((terms, terms[0].tensor if step is None else prox(terms, step * factor)) for terms, step in work)

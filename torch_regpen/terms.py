@@ -504,6 +504,9 @@ def limit(old: Tensor, new: Tensor, cap: float | Tensor | None, grouping: Any) -
     """`new`, moved back towards `old` where an element moved by more than `cap` or a group by `cap * sqrt(size)`."""
     if cap is None:
         return new
+    if isinstance(grouping, Elements) and not new.is_complex():
+        old = old.to(new.dtype)
+        return new.clamp(old - cap, old + cap)
     if isinstance(grouping, NormGrouping) and not grouping.scale:
         cap = cap * math.sqrt(grouping.size(old.shape))
     u, rebuild = grouping.polar(new - old)

@@ -282,3 +282,11 @@ def test_a_missing_extra_is_named(module, use, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match="pip install"):
         use(comparison, tmp_path / "file.png")
+
+
+def test_that_tensorboard_is_missing_shows_before_training(tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ImportError, match="logdir needs TensorBoard"):
+        compare({}, LAMS, **SETUP | {"fit": lambda *_: pytest.fail("trained")}, logdir=tmp_path)

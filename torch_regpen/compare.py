@@ -8,8 +8,9 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path as File
-from statistics import median
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from .export import dead_units
 from .kinds import L2
 from .modes import MODES
 from .optim import RegularizedOptimizer
+from .optional import needed
 from .path import Path, with_progress_bar
 from .penalty import Penalty, checked_lam
 from .summary import aligned
@@ -34,7 +36,6 @@ __all__ = ["Comparison", "Difference", "Trial", "compare"]
 Method = tuple[Callable[[nn.Module, float], Penalty], str]
 Scores = dict[str, float]
 
-BASELINES = ("plain", "weight_decay")
 WAYS = ("loss", *MODES)
 CONFIDENCE = 0.95
 
@@ -103,10 +104,8 @@ class Comparison:
         Raises:
             ImportError: SciPy is missing.
         """
-        try:
+        with needed("intervals need SciPy", "examples"):
             from scipy.stats import t
-        except ImportError as error:
-            raise ImportError('intervals need SciPy: pip install "torch_regpen[examples]"') from error
         pairs = zip(self.at(method), self.at(baseline), strict=True)
         differences = torch.tensor([a.scores["test"] - b.scores["test"] for a, b in pairs], dtype=torch.float64)
         mean, n = differences.mean().item(), len(differences)
@@ -123,7 +122,7 @@ class Comparison:
             cells = [f"{mean:#.4g} ± {deviation:.2g}" for mean, deviation in zip(means, deviations, strict=True)]
             mean, low, high = self.difference(method)
             versus = "" if method == "weight_decay" else f"{mean:+.2g} [{low:+.2g}, {high:+.2g}]"
-            zeros, dead = _spread(100 * trial.zeros for trial in trials)[0], _spread(trial.dead for trial in trials)[0]
+            zeros, dead = 100 * fmean(trial.zeros for trial in trials), fmean(trial.dead for trial in trials)
             ms = median(1000 * trial.seconds / max(trial.steps, 1) for trial in self.trials if trial.method == method)
             rows.append([method, f"{lam:g}", *cells, versus, f"{zeros:.2f}", f"{dead:.1f}", f"{ms:.3f}"])
         return aligned(rows)
@@ -147,11 +146,9 @@ class Comparison:
         Raises:
             ImportError: matplotlib is missing.
         """
-        try:
+        with needed("Comparison.plot needs matplotlib", "examples"):
             from matplotlib import colormaps
             from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError('Comparison.plot needs matplotlib: pip install "torch_regpen[examples]"') from error
         palette = colormaps["tab20"].colors  # type: ignore[attr-defined]
         colors = {method: palette[i % 20] for i, method in enumerate(self.chosen)} | {"plain": (0.0, 0.0, 0.0)}
         columns = min(len(self.chosen), 6)
@@ -159,7 +156,7 @@ class Comparison:
         figure = Figure(figsize=(11, 5 + 1.5 * lines), layout="constrained")
         above, below = figure.subfigures(2, 1, height_ratios=[5, 1.5 * lines], squeeze=False)[:, 0]
 
-        sparse = [m for m in self.chosen if _spread(trial.zeros for trial in self.at(m))[0] >= 0.01]
+        sparse = [m for m in self.chosen if fmean(trial.zeros for trial in self.at(m)) >= 0.01]
         dense = [m for m in self.chosen if m not in sparse]
         left, right = above.subplots(1, 2, sharey=True, width_ratios=[1, 1 + len(sparse) / len(self.chosen)])
         for column, method in enumerate(dense):
@@ -167,7 +164,7 @@ class Comparison:
             left.errorbar(column, mean, deviation, color=colors[method], fmt="o", markersize=8, capsize=3)
         for method in sparse:
             self._plot_path(right, method, colors[method])
-        plain, _ = _spread(trial.scores["test"] for trial in self.at("plain"))
+        plain = fmean(trial.scores["test"] for trial in self.at("plain"))
         for axes in (left, right):
             axes.axhline(plain, color="black", linestyle=":", linewidth=1, zorder=0, label="mean of plain")
             axes.spines[["top", "right"]].set_visible(False)
@@ -190,7 +187,7 @@ class Comparison:
 
     def _plot_path(self, axes: Axes, method: str, color: Any) -> None:
         """A method's test score against its zeros, over all lambdas, the chosen one with its deviation."""
-        zeros = [100 * _spread(trial.zeros for trial in self.at(method, lam))[0] for lam in self.lams(method)]
+        zeros = [100 * fmean(trial.zeros for trial in self.at(method, lam)) for lam in self.lams(method)]
         tests = [_spread(trial.scores["test"] for trial in self.at(method, lam)) for lam in self.lams(method)]
         axes.plot(zeros, [mean for mean, _ in tests], ".-", color=color, linewidth=1, alpha=0.6, zorder=0)
         i = self.lams(method).index(self.chosen[method])
@@ -242,7 +239,7 @@ def compare(
     """
     ways: dict[str, Method] = {"plain": (L2, "plain"), "weight_decay": (L2, "weight_decay")}
     for name, (_, how) in methods.items():
-        if name in BASELINES:
+        if name in ways:
             raise ValueError(f"{name!r} is always compared with; give the method another name")
         if how not in WAYS:
             raise ValueError(f"{name!r} is to be applied by {how!r}; allowed are {', '.join(map(repr, WAYS))}")
@@ -251,30 +248,34 @@ def compare(
     if not grid or len(seeds) < 2:
         raise ValueError(f"given {len(grid)} lambdas and {len(seeds)} seeds; a spread needs a lambda and two seeds")
     tried = {name: [0.0] if name == "plain" else grid for name in ways}
+    open_writer = None if logdir is None else _writers(File(logdir))
     datasets = {seed: data(seed) for seed in seeds}
 
-    def train(name: str, lam: float, seed: int, writer: SummaryWriter | None = None) -> tuple[nn.Module, Trial]:
+    def set_up(name: str, lam: float, seed: int) -> tuple[nn.Module, Penalty, torch.optim.Optimizer, bool]:
         make_penalty, how = ways[name]
         torch.manual_seed(seed)
         model = make_model(datasets[seed])
         penalty = make_penalty(model, lam)
-        optimizer = _optimizer(make_optimizer, model, penalty, how, lam)
-        steps = _Steps(optimizer, writer, penalty, log_every, lambda: _scores(score, model, datasets[seed]))
+        return model, penalty, _optimizer(make_optimizer, model, penalty, how, lam), how == "loss"
+
+    def train(name: str, lam: float, seed: int, writer: SummaryWriter | None = None) -> tuple[nn.Module, Trial]:
+        model, penalty, optimizer, in_loss = set_up(name, lam, seed)
+        evaluate = partial(_scores, score, model, datasets[seed])
+        logger = None if writer is None else WeightLogger(writer, penalty, every=log_every)
+        steps = _Steps(optimizer, logger, evaluate)
         torch.manual_seed(seed)
         start = time.perf_counter()
-        fit(model, optimizer, penalty if how == "loss" else lambda: 0.0, datasets[seed])
+        fit(model, optimizer, penalty if in_loss else lambda: 0.0, datasets[seed])
         next(model.parameters()).flatten()[:1].tolist()  # waits for the device
         seconds = time.perf_counter() - start
-        scores = _scores(score, model, datasets[seed])
+        scores = evaluate()
         zeros = (_weights(model) == 0).double().mean().item()
         dead = sum(len(units) for units in dead_units(model).values())
         return model, Trial(name, lam, seed, scores, zeros, dead, steps.count, seconds)
 
-    for name, (make_penalty, how) in ways.items():  # what is wrong shows now, not after an hour
-        model = make_model(datasets[seeds[0]])
-        penalty = make_penalty(model, tried[name][-1])
-        _optimizer(make_optimizer, model, penalty, how, tried[name][-1])
-        if how == "loss" and (value := penalty()).requires_grad:
+    for name in ways:  # what is wrong shows now, not after an hour
+        _, penalty, _, in_loss = set_up(name, tried[name][-1], seeds[0])
+        if in_loss and (value := penalty()).requires_grad:
             value.backward()
     jobs = [(name, lam, seed) for name in ways for lam in tried[name] for seed in seeds]
     order = random.Random(0).sample(jobs, len(jobs))  # a machine that is busy for a while slows all methods alike
@@ -286,14 +287,14 @@ def compare(
         chosen[name] = path.best_1se
     comparison = Comparison([done[job] for job in jobs], chosen, {})
     for name, lam in chosen.items():
-        if logdir is None:
+        if open_writer is None:
             comparison.models[name] = train(name, lam, seeds[0])[0]
             continue
         folder = name.replace(" ", "_").replace("/", "_")
-        with _writer(File(logdir, "chosen", folder), purge_step=0) as writer:  # hides what an earlier call left there
+        with open_writer("chosen", folder, purge_step=0) as writer:  # hides what an earlier call left there
             comparison.models[name] = train(name, lam, seeds[0], writer)[0]
         for other in tried[name]:
-            with _writer(File(logdir, "lambdas", f"{folder}_{other:g}")) as writer:
+            with open_writer("lambdas", f"{folder}_{other:g}") as writer:
                 _write_hparams(writer, comparison.at(name, other))
     return comparison
 
@@ -311,28 +312,22 @@ def _optimizer(
 
 
 class _Steps:
-    """Counts the steps of an optimizer and, with a writer, shows on TensorBoard what becomes of weights and scores."""
+    """Counts the steps of an optimizer and, with a logger, shows on TensorBoard what becomes of weights and scores."""
 
     def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        writer: SummaryWriter | None,
-        penalty: Penalty,
-        every: int,
-        score: Callable[[], Scores],
+        self, optimizer: torch.optim.Optimizer, logger: WeightLogger | None, evaluate: Callable[[], Scores]
     ) -> None:
         self.count = 0
-        self.writer = writer
-        self.logger = WeightLogger(writer, penalty, every=every)
-        self.score = score
+        self.logger = logger
+        self.evaluate = evaluate
         optimizer.register_step_post_hook(self._count)
 
     def _count(self, *_: object) -> None:
-        if self.writer is not None:
+        if self.logger is not None and self.logger.writer is not None:
             self.logger.step(self.count)
             if self.count % self.logger.every == 0:
-                for name, value in self.score().items():
-                    self.writer.add_scalar(f"score/{name}", value, self.count)
+                for name, value in self.evaluate().items():
+                    self.logger.writer.add_scalar(f"score/{name}", value, self.count)
         self.count += 1
 
 
@@ -346,19 +341,18 @@ def _scores(score: Callable[[nn.Module, Any], Scores], model: nn.Module, data: A
             module.training = training
 
 
-def _writer(folder: File, purge_step: int | None = None) -> SummaryWriter:
-    try:
+def _writers(logdir: File) -> Callable[..., SummaryWriter]:
+    """What opens a writer in a folder below `logdir`."""
+    with needed("logdir needs TensorBoard", "tensorboard"):
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError('logdir needs TensorBoard: pip install "torch_regpen[tensorboard]"') from error
-    return SummaryWriter(str(folder), purge_step=purge_step)
+    return lambda *folder, **options: SummaryWriter(str(File(logdir, *folder)), **options)
 
 
 def _write_hparams(writer: SummaryWriter, trials: Sequence[Trial]) -> None:
     """An entry in the table of hyperparameters: a method and a lambda, with the means over the seeds."""
-    means = {name: _spread(trial.scores[name] for trial in trials)[0] for name in trials[0].scores}
-    means |= {name: _spread(getattr(trial, name) for trial in trials)[0] for name in ("zeros", "dead")}
-    metrics = {f"mean/{name}": mean for name, mean in means.items()}
+    metrics = {f"mean/{name}": fmean(trial.scores[name] for trial in trials) for name in trials[0].scores}
+    metrics["mean/zeros"] = fmean(trial.zeros for trial in trials)
+    metrics["mean/dead"] = fmean(trial.dead for trial in trials)
     writer.add_hparams({"method": trials[0].method, "lambda": trials[0].lam}, metrics, run_name=".")
 
 

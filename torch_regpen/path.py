@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .optional import needed
 from .penalty import Penalty, Sum, checked_lam
 from .sharding import maximum
 from .terms import by_tensor, distance
@@ -125,10 +126,8 @@ class Path:
         Raises:
             ImportError: matplotlib is missing.
         """
-        try:
+        with needed("Path.plot needs matplotlib", "examples"):
             from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError('Path.plot needs matplotlib: pip install "torch_regpen[examples]"') from error
         figure = Figure(figsize=(11 if self.scores is not None else 6, 4), layout="constrained")
         axes = figure.subplots(1, 1 if self.scores is None else 2, squeeze=False)[0]
         flat = [torch.cat([s[name].flatten().cpu() for name in self.penalized]) for s in self.states]
@@ -264,9 +263,7 @@ def _copied(model: nn.Module) -> dict[str, Tensor]:
 
 def with_progress_bar(jobs: list[Any], name: str) -> Iterable[Any]:
     """The jobs, with a bar that shows how many are done."""
-    try:
+    with needed("progress=True needs tqdm", "examples"):
         from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError('progress=True needs tqdm: pip install "torch_regpen[examples]"') from error
     bar: Iterable[Any] = tqdm(jobs, desc=name)
     return bar

@@ -9,6 +9,8 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from training import backward
 
 from torch_regpen import L0, L1, L2, MCP, SCAD, ElasticNet, GroupLasso, LHalf, LogSum, NuclearNorm, SparseGroupLasso
 from torch_regpen import RegularizedOptimizer as Regularized
@@ -41,16 +43,6 @@ SCALAR_ONLY = ("NuclearNorm", "MCP of columns", "L0 of tensors")
 def network(dtype=torch.float32):
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
-
-
-def backward(model, seed):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(16, 5, generator=generator).to(model[0].weight)
-    y = torch.randn(16, 3, generator=generator).to(model[0].weight)
-    model.zero_grad()
-    loss = (model(x) - y).square().mean()
-    loss.backward()
-    return loss
 
 
 def train(model, optimizer, steps, start=0):
@@ -481,3 +473,26 @@ def test_twins_go_on_when_a_neighbour_has_no_gradient():
         return ws[1:]
 
     assert all(map(torch.equal, train(True), train(False)))
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (300, 300)])
+@pytest.mark.parametrize(
+    ("kind", "options", "mode"),
+    [(L1, {}, "dual"), (ElasticNet, {}, "proximal"), (GroupLasso, {"groups": "input"}, "proximal")],
+)
+def test_neither_a_default_device_nor_an_earlier_fake_run_matters(kind, options, mode, shape):
+    def trained():
+        ws = [torch.ones(shape, device="cpu", requires_grad=True) for _ in range(2)]
+        optimizer = Regularized(torch.optim.SGD(ws, lr=0.1), kind(ws, 0.1, **options), mode)
+        for _ in range(2):
+            for w in ws:
+                w.grad = torch.ones_like(w)
+            optimizer.step()
+        return [w.detach() for w in ws]
+
+    with FakeTensorMode():
+        trained()
+    expected = trained()
+    with torch.device("meta"):
+        found = trained()
+    assert all(map(torch.equal, found, expected))

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch import nn, optim
+from training import backward
 
 from torch_regpen import L1, GroupLasso, RegularizedOptimizer
 from torch_regpen.dual import LATENT
@@ -41,15 +42,6 @@ OPTIMIZERS = {
 def network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
-
-
-def backward(model, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x, y = torch.randn(16, 5, generator=generator), torch.randn(16, 3, generator=generator)
-    model.zero_grad()
-    loss = (model(x) - y).square().mean()
-    loss.backward()
-    return loss
 
 
 def train(model, optimizer, steps, start=0):

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from torch_regpen import RegularizedOptimizer
+
 STEPS = 5
 
 
@@ -16,6 +18,17 @@ def data(like):
     """Inputs and targets, the same at each call, on the device and of the dtype of a parameter."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(16, 5, generator=generator).to(like), torch.randn(16, 3, generator=generator).to(like)
+
+
+def backward(model, seed=0):
+    """The gradients of the loss on data that differ by seed, for a network with 5 inputs and 3 outputs; the loss."""
+    generator = torch.Generator().manual_seed(seed)
+    like = next(model.parameters())
+    x, y = torch.randn(16, 5, generator=generator).to(like), torch.randn(16, 3, generator=generator).to(like)
+    model.zero_grad()
+    loss = (model(x) - y).square().mean()
+    loss.backward()
+    return loss
 
 
 def closure_on(model, optimizer, extra=lambda: 0.0, sign=1.0):
@@ -52,3 +65,18 @@ def set_gradients(model, seed, scale=1.0):
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         p.grad = scale * torch.randn(p.shape, generator=generator).to(p)
+
+
+def proximal_gradient(make, X, Y, steps=500, start=None):
+    """What proximal gradient descent makes of `||Y - X w||^2 / (2n) + make([("w", w)])`, and the penalty at it."""
+    A, B = torch.from_numpy(X), torch.from_numpy(Y)
+    w = torch.zeros((A.shape[1], *B.shape[1:]), dtype=A.dtype) if start is None else torch.from_numpy(start).clone()
+    w.requires_grad_()
+    penalty = make([("w", w)])
+    lr = len(A) / torch.linalg.matrix_norm(A, 2).item() ** 2
+    optimizer = RegularizedOptimizer(torch.optim.SGD([w], lr=lr), penalty, "proximal")
+    for _ in range(steps):
+        w.grad = A.T @ (A @ w.detach() - B) / len(A)
+        optimizer.step()
+    w.grad = A.T @ (A @ w.detach() - B) / len(A)
+    return w.detach(), penalty

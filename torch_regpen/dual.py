@@ -7,7 +7,6 @@ sum of the steps live in the optimizer's state of the parameter, so that they tr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -56,9 +55,9 @@ def _of_small(flat: list[Tensor]) -> list[Tensor]:
     """By the differences of running sums over all of them."""
     sizes = [0, *map(len, flat)]
     bits = torch.cat([x.view(INTEGERS[x.element_size()]) for x in flat])
-    places = 2 * torch.arange(max(sizes), device=bits.device) + 1  # of none, where all shards are on other ranks
+    places = _places(max(sizes), bits.device)
     sums = (bits * torch.cat([places[:size] for size in sizes])).cumsum(0)
-    ends = torch.tensor(sizes).to(sums.device, non_blocking=True).cumsum(0)
+    ends = torch.tensor(sizes, device="cpu").to(sums.device, non_blocking=True).cumsum(0)
     return list(torch.nn.functional.pad(sums, (1, 0))[ends].diff().unbind())
 
 
@@ -69,21 +68,14 @@ def _of_large(flat: Tensor) -> Tensor:
         flat = torch.nn.functional.pad(flat, (0, -len(flat) % in_word))
     words = flat.view(torch.int64)
     chunk = CHUNK if flat.device.type == "cpu" else len(words)
-    places = _places(chunk, flat.device)
+    places = _places(min(chunk, len(words)), flat.device)
     sums = [(some * places[: len(some)]).sum() for some in words.split(chunk)]
     return sums[0] if len(sums) == 1 else (torch.stack(sums) * places[: len(sums)]).sum()
 
 
 def _places(size: int, device: torch.device) -> Tensor:
-    if torch.compiler.is_compiling() or device.type != "cpu":
-        return torch.arange(1, 2 * size, 2, device=device)
-    return _places_known(size)
-
-
-@cache
-def _places_known(size: int) -> Tensor:
-    """To count takes as long as to multiply."""
-    return torch.arange(1, 2 * size, 2)
+    """The odd numbers; none of them, where all shards are on other ranks."""
+    return 2 * torch.arange(size, device=device) + 1
 
 
 def _flat(parameter: Tensor) -> Tensor:

@@ -98,12 +98,17 @@ def sparse_state_dict(model: nn.Module) -> dict[str, Any]:
         if not isinstance(w, Tensor) or isinstance(w, DTensor) or w.ndim != 2 or w.layout != torch.strided:
             continue
         nonzeros = int(torch.count_nonzero(w)) if w.dtype in SPARSE else w.numel()
-        if nonzeros * (w.itemsize + INDEX_BYTES) + (len(w) + 1) * INDEX_BYTES < w.numel() * w.itemsize:
+        if sparse_bytes(nonzeros, len(w), w.itemsize) < w.numel() * w.itemsize:
             key = w.data_ptr(), w.shape, w.stride(), w.dtype
             if key not in known:
                 known[key] = _compressed(w)
             state[name] = known[key]
     return state
+
+
+def sparse_bytes(nonzeros: int, rows: int, itemsize: int) -> int:
+    """The size of a matrix in compressed sparse row format, with 32-bit positions."""
+    return nonzeros * (itemsize + INDEX_BYTES) + (rows + 1) * INDEX_BYTES
 
 
 def _compressed(w: Tensor) -> Tensor:

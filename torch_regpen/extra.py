@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .groups import Grouping, working_dtype
-from .penalty import Penalty, checked_lam
+from .penalty import ParamGroup, Penalty
 from .selection import Params, Slot, spellings
 
 __all__ = ["ActivityPenalty", "Orthogonal"]
@@ -93,7 +93,7 @@ class ActivityPenalty(nn.Module):
         if kind not in ("l1", "l2"):
             raise ValueError(f"kind must be 'l1' or 'l2', not {kind!r}")
         self.kind = kind
-        self.param_groups: list[dict[str, Any]] = [{"lam": checked_lam(lam)}]
+        self.param_groups: list[dict[str, Any]] = [ParamGroup({}, lam)]
         self._sizes: dict[str, list[Tensor]] = {}  # of the outputs of each module in the latest forward
         self._in_forward = False
         patterns = [select] if isinstance(select, str) else select
@@ -122,7 +122,7 @@ class ActivityPenalty(nn.Module):
 
     @lam.setter
     def lam(self, lam: float) -> None:
-        self.param_groups[0]["lam"] = checked_lam(lam)
+        self.param_groups[0]["lam"] = lam
 
     def forward(self) -> Tensor:
         """The penalty of the latest forward, a 0-dim tensor in float32 at least."""

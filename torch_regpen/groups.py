@@ -91,14 +91,17 @@ class NormGrouping(Grouping):
         """The dimensions of that view, of `ndim` dimensions, that run inside a group."""
 
     def polar(self, w: Tensor) -> tuple[Tensor, Rebuild]:
-        x = self.view(w)
-        u = self.norm(x) / math.sqrt(self.count(w.shape))
+        x, u = self._magnitudes(w)
         return u, lambda magnitude: (x * _ratio(magnitude, u)).reshape(w.shape)
+
+    def _magnitudes(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """The view of `w`, and the magnitude of each group, broadcastable to it."""
+        x = self.view(w)
+        return x, self.norm(x) / math.sqrt(self.count(w.shape))
 
     def scale_(self, w: Tensor, change: Callable[[Tensor], Tensor]) -> None:
         """Give each group of `w` the magnitude `change(u)`, in place; `view(w)` has to be one."""
-        x = self.view(w)
-        u = self.norm(x) / math.sqrt(self.count(w.shape))
+        x, u = self._magnitudes(w)
         x.mul_(_ratio(change(u), u))
 
     def spread(self, magnitudes: Tensor, w: Tensor) -> Tensor:
@@ -329,7 +332,7 @@ def _traced() -> bool:
 def _norm_across(x: Tensor, dims: list[int]) -> Tensor:
     """The norm over dim 0 and others, in the order of memory: vector_norm strides through it, and drifts."""
     dtype = working_dtype(x.dtype)
-    squares = torch.zeros((1, *x.shape[1:]), dtype=torch.float64)
+    squares = torch.zeros((1, *x.shape[1:]), dtype=torch.float64, device=x.device)
     for rows in x.split(max(1, (len(x) << 16) // max(x.numel(), 1))):
         squares += rows.abs().to(dtype).square_().sum(0)
     for dim in dims[1:]:

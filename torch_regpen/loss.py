@@ -28,7 +28,9 @@ def total(work: Iterable[Bundle]) -> Tensor:
     sums = [_value(bundle) for bundle in here]
     if cut:
         with _no_autocast(work[0].tensors[0]):
-            value, known = sharding.total(cut, lambda terms: _sum([_forward(b, b.tensors) for b in bundles(terms)]))
+            value, known = sharding.total(
+                cut, lambda terms: multi_tensor.summed([_forward(b, b.tensors) for b in bundles(terms)])
+            )
         sums += [value, *(_GradientOnly.apply(b, *b.tensors) for b in bundles(known))]  # type: ignore[no-untyped-call]
     return together(sums, work)
 
@@ -37,7 +39,7 @@ def together(sums: list[Tensor], work: list[Bundle]) -> Tensor:
     """The sum of sums of the terms, as `total` has it."""
     dtypes = {working_dtype(dtype) for dtype in {w.dtype for bundle in work for w in bundle.tensors}}
     device, dtype = work[0].tensors[0].device, torch.float64 if torch.float64 in dtypes else torch.float32
-    return _sum([s.to(device, dtype) for s in sums])
+    return multi_tensor.summed([s.to(device, dtype) for s in sums])
 
 
 def _by_place(work: list[Bundle]) -> tuple[list[Bundle], list[sharding.Part]]:
@@ -138,11 +140,7 @@ class _GradientOnly(_EagerValue):
 def _forward(bundle: Bundle, ws: Iterable[Tensor]) -> Tensor:
     if bundle.plain:
         return multi_tensor.total(list(ws), *bundle.coefficients)
-    return _sum([term.value(w) for terms, w in zip(bundle.each, ws, strict=True) for term in terms])
-
-
-def _sum(sums: list[Tensor]) -> Tensor:
-    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+    return multi_tensor.summed([term.value(w) for terms, w in zip(bundle.each, ws, strict=True) for term in terms])
 
 
 def _mark(bundle: Bundle) -> None:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from . import dual, multi_tensor
 from . import loss as losses
 from .metric import Metric, RootStep, Step, differs_by_coordinate, quotients, steps_of
-from .terms import Bundle, Term, add_grad_, check_grad, check_prox, decay_, prox_
+from .terms import Bundle, Term, add_grad_, check_grad, check_prox, decay_, one_step, prox_
 
 __all__ = ["MODES", "Mode"]
 
@@ -123,7 +123,7 @@ class Proximal(Mode):
                 continue
             steps = self.steps_of(bundle)
             roots = [step for step in steps if isinstance(step, RootStep)]
-            if roots and bundle.shrinks and bundle.coefficients[1] == 0:
+            if roots and bundle.only_thresholds:
                 moments = [step.moment for step in roots]
                 numerators, eps = quotients(roots)
                 numerators *= bundle.coefficients[0]
@@ -178,8 +178,8 @@ class Dual(Proximal):
                 for parameter, state, step in zip(bundle.tensors, states, steps, strict=True):
                     dual.restart(parameter, state, step)
                 continue
-            alike = bundle.one_step(steps) and all(dual.LATENT in state for state in states)
-            if not torch.compiler.is_compiling() and alike and bundle.shrinks and bundle.coefficients[1] == 0:
+            alike = one_step(steps) and all(dual.LATENT in state for state in states)
+            if not torch.compiler.is_compiling() and alike and bundle.only_thresholds:
                 dual.to_visible_together(bundle.tensors, states, steps[0].size, bundle.coefficients[0])
             else:
                 for terms, state, step in zip(bundle.each, states, steps, strict=True):

@@ -28,6 +28,7 @@ __all__ = [
     "soft_threshold_",
     "soft_threshold_each_",
     "soft_thresholds_",
+    "summed",
     "total",
 ]
 
@@ -115,7 +116,7 @@ def total(ws: Sequence[Tensor], linear: float, quadratic: float) -> Tensor:
         if linear or not quadratic:
             buffer = _like(x, buffer)
             values.append(linear * torch.abs(x, out=buffer).sum())
-    return _sum(values)
+    return summed(values)
 
 
 def gradients(ws: Sequence[Tensor], linear: Tensor | None, quadratic: Tensor | None) -> list[Tensor]:
@@ -153,7 +154,7 @@ def add_with_total_(grads: Sequence[Tensor], ws: Sequence[Tensor], linear: float
         for some_ws, some_grads in _pieces(ws, grads):
             values.append(quadratic * _sum_of_squares(_wide(some_ws)))
             _add_(some_grads, some_ws, 2 * quadratic)
-    return _sum(values)
+    return summed(values)
 
 
 def mul_(ws: Sequence[Tensor], factor: Scalar) -> None:
@@ -161,7 +162,8 @@ def mul_(ws: Sequence[Tensor], factor: Scalar) -> None:
     if torch.compiler.is_compiling():
         factor = _variable(factor, ws[0])
     elif not isinstance(factor, Tensor) and len(ws) > 1 and ws[0].device.type == "cpu":
-        factor = torch.tensor(factor, dtype=torch.float64)  # as exact; a number takes twice as long on small tensors
+        # As exact; a number takes twice as long on small tensors.
+        factor = torch.tensor(factor, dtype=torch.float64, device="cpu")
     torch._foreach_mul_(_local(ws), factor)
 
 
@@ -255,7 +257,8 @@ def _sum_of_squares(x: Tensor) -> Tensor:
     return squares
 
 
-def _sum(values: list[Tensor]) -> Tensor:
+def summed(values: list[Tensor]) -> Tensor:
+    """The sum of 0-dim tensors, at least one."""
     return values[0] if len(values) == 1 else torch.stack(values).sum()
 
 

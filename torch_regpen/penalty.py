@@ -100,7 +100,7 @@ class Penalty(nn.Module):
         self.seen = {"in_loss": False}  # whether autograd went through it; an optimizer that has it looks, and warns
         default = checked_lam(lam)
         for group in _as_groups(params):
-            self.param_groups.append(_Group(group, lam=group.get("lam", default)))
+            self.param_groups.append(ParamGroup(group, lam=group.get("lam", default)))
             self._slots.append(select_slots(group["params"], group.get("select", select)))
         self._centered = False
         self._found: _Found | None = None
@@ -438,7 +438,7 @@ class Sum(Penalty):
         return ""
 
 
-class _Group(dict[str, Any]):
+class ParamGroup(dict[str, Any]):
     """A parameter group, which takes no lambda that is none."""
 
     def __init__(self, group: dict[str, Any], lam: float) -> None:

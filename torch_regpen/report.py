@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .dead import zero_groups
+from .export import sparse_bytes
 from .groups import Slices
 from .summary import aligned
 
@@ -21,7 +22,6 @@ __all__ = ["load_tensors", "report"]
 
 HEADER = ("name", "shape", "elements", "zeros", "%", "near zeros", "norm", "zero rows", "zero columns", "sparse")
 NEAR = 1e-3  # of the root mean square of a tensor
-INDEX_BYTES = 4  # of a position in a compressed sparse row format
 CHUNK = 1 << 20  # elements that are looked at at once
 CONVERT = (
     "make a file of the checkpoint with: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE"
@@ -118,7 +118,7 @@ def _row(name: str, tensor: Tensor) -> tuple[tuple[str, ...], tuple[int, int, in
         return (name, shape, f"{elements}", *["-"] * (len(HEADER) - 3)), (0, 0, 0, 0)
     dense = elements * w.element_size()
     rows = w.shape[0] if w.ndim > 1 else 1
-    sparse = min((elements - zeros) * (w.element_size() + INDEX_BYTES) + (rows + 1) * INDEX_BYTES, dense)
+    sparse = min(sparse_bytes(elements - zeros, rows, w.element_size()), dense)
     numbers = (f"{elements}", f"{zeros}", _percent(zeros, elements), f"{near}", f"{norm:.4g}")
     return (name, shape, *numbers, *dead, _ratio(dense, sparse)), (elements, zeros, dense, sparse)
 

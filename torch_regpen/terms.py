@@ -170,6 +170,11 @@ class Bundle:
         return self.plain and not any(term.kind.positive for term in self.terms)
 
     @property
+    def only_thresholds(self) -> bool:
+        """Whether its prox is a soft threshold and nothing else."""
+        return self.shrinks and self.coefficients[1] == 0
+
+    @property
     def sums_here(self) -> bool:
         """Whether its value is a sum over elements that are all on this rank."""
         return self.plain and local(self.tensors[0]) is self.tensors[0]
@@ -178,11 +183,6 @@ class Bundle:
     def off(self) -> bool:
         """Whether the terms do nothing at the present lambda."""
         return all(term.off for term in self.terms)
-
-    @staticmethod
-    def one_step(steps: Sequence[Sized]) -> bool:
-        """Whether all its tensors have the same step, a scalar without a cap."""
-        return steps[0].cap is None and _scalar(steps[0].size) and all(step is steps[0] for step in steps)
 
     def part(self, indices: list[int]) -> Bundle:
         """Those of its tensors."""
@@ -269,10 +269,15 @@ class Sized(Protocol):
     def part(self, take: Take) -> Sized: ...
 
 
+def one_step(steps: Sequence[Sized]) -> bool:
+    """Whether they are the same step, a scalar without a cap."""
+    return steps[0].cap is None and _scalar(steps[0].size) and all(step is steps[0] for step in steps)
+
+
 def prox_(bundle: Bundle, steps: Sequence[Sized]) -> None:
     """The proximal map of the terms of each tensor, in place, with its own step; see `prox`."""
     step = steps[0]
-    if bundle.shrinks and bundle.one_step(steps):
+    if bundle.shrinks and one_step(steps):
         linear, quadratic = bundle.coefficients
         if linear:
             multi_tensor.soft_threshold_(bundle.tensors, step.size * linear)
@@ -296,7 +301,9 @@ def _prox_along_rays_(terms: list[Term], step: Sized) -> bool:
     w, grouping = term.tensor, term.grouping
     if not isinstance(grouping, NormGrouping) or term.center is not None or term.kind.positive:
         return False
-    if torch.compiler.is_compiling() or local(w) is not w or grouping.view(w).data_ptr() != w.data_ptr():
+    if torch.compiler.is_compiling() or local(w) is not w:
+        return False
+    if not torch._C._is_alias_of(grouping.view(w), w):  # type: ignore[attr-defined]
         return False
     rows = [dim for dim in _separable(terms) if dim == 0]  # along another dimension a norm reads memory in order uncut
     for take in multi_tensor.cuts(w, rows, times=8):

@@ -12,6 +12,7 @@ from sklearn.linear_model import ElasticNet as SkElasticNet
 from sklearn.linear_model import Lasso
 from torch import nn
 from torch.nn.utils import parametrize
+from training import proximal_gradient
 
 from torch_regpen import L1, L2, MCP, ElasticNet, GroupLasso, NuclearNorm, RegularizedOptimizer, SparseGroupLasso
 
@@ -254,25 +255,11 @@ def regression(seed=0, n=60, p=8):
     return X, y
 
 
-def fit(make, X, y, steps=500, start=None):
-    """What proximal gradient descent makes of `SSE/(2n) + make([("w", w)])`, and the penalty at it."""
-    A, b = torch.from_numpy(X), torch.from_numpy(y)
-    w = nn.Parameter(torch.zeros(X.shape[1], dtype=torch.float64) if start is None else start.clone())
-    penalty = make([("w", w)])
-    lr = len(y) / torch.linalg.matrix_norm(A, 2).item() ** 2
-    optimizer = RegularizedOptimizer(torch.optim.SGD([w], lr=lr), penalty, "proximal")
-    for _ in range(steps):
-        w.grad = A.T @ (A @ w.detach() - b) / len(y)
-        optimizer.step()
-    w.grad = A.T @ (A @ w.detach() - b) / len(y)
-    return w.detach(), penalty
-
-
 def test_the_adaptive_lasso_is_the_lasso_of_scikit_learn_on_rescaled_features():
     X, y = regression()
     factors = 1 / np.abs(np.linalg.lstsq(X, y, rcond=None)[0])
     lasso = Lasso(alpha=0.05, fit_intercept=False, tol=1e-14, max_iter=100000).fit(X / factors, y)
-    w, penalty = fit(lambda w: L1(w, 0.05, weights={"w": torch.from_numpy(factors)}), X, y)
+    w, penalty = proximal_gradient(lambda w: L1(w, 0.05, weights={"w": torch.from_numpy(factors)}), X, y)
     torch.testing.assert_close(w, torch.from_numpy(lasso.coef_ / factors), atol=1e-8, rtol=0)
     assert torch.equal(w == 0, torch.from_numpy(lasso.coef_ == 0))
     assert 0 < (w == 0).sum() < 8
@@ -282,7 +269,7 @@ def test_the_adaptive_lasso_is_the_lasso_of_scikit_learn_on_rescaled_features():
 def test_a_weight_of_zero_is_not_penalized():
     X, y = regression()
     free = torch.tensor([0.0, 1, 1, 1, 1, 1, 1, 1])
-    w, penalty = fit(lambda w: L1(w, 100.0, weights={"w": free}), X, y)
+    w, penalty = proximal_gradient(lambda w: L1(w, 100.0, weights={"w": free}), X, y)
     assert w[0].item() == pytest.approx((X[:, 0] @ y / (X[:, 0] @ X[:, 0])).item())
     assert torch.equal(w[1:], torch.zeros(7).double())
     assert penalty.stationarity() < 1e-8
@@ -386,7 +373,7 @@ def test_group_weights_in_every_mode(optimizer):
 def test_positive_is_the_positive_lasso_of_scikit_learn(alpha):
     X, y = regression()
     lasso = Lasso(alpha=alpha, fit_intercept=False, positive=True, tol=1e-14, max_iter=100000).fit(X, y)
-    w, penalty = fit(lambda w: L1(w, alpha, positive=True), X, y)
+    w, penalty = proximal_gradient(lambda w: L1(w, alpha, positive=True), X, y)
     torch.testing.assert_close(w, torch.from_numpy(lasso.coef_), atol=1e-9, rtol=0)
     assert torch.equal(w == 0, torch.from_numpy(lasso.coef_ == 0))
     assert penalty.stationarity() < 1e-9
@@ -397,14 +384,14 @@ def test_positive_is_the_positive_elastic_net_of_scikit_learn():
     lam, r = 0.1, 0.4
     alpha = lam * (r + 2 * (1 - r))
     net = SkElasticNet(alpha=alpha, l1_ratio=lam * r / alpha, fit_intercept=False, positive=True, tol=1e-14)
-    w, penalty = fit(lambda w: ElasticNet(w, lam, l1_ratio=r, positive=True), X, y)
+    w, penalty = proximal_gradient(lambda w: ElasticNet(w, lam, l1_ratio=r, positive=True), X, y)
     torch.testing.assert_close(w, torch.from_numpy(net.fit(X, y).coef_), atol=1e-9, rtol=0)
     assert penalty.stationarity() < 1e-9
 
 
 def test_positive_at_lambda_zero_is_nonnegative_least_squares():
     X, y = regression()
-    w, penalty = fit(lambda w: L1(w, 0.0, positive=True), X, y)
+    w, penalty = proximal_gradient(lambda w: L1(w, 0.0, positive=True), X, y)
     torch.testing.assert_close(w, torch.from_numpy(nnls(X, y)[0]), atol=1e-9, rtol=0)
     assert penalty.stationarity() < 1e-9
     p = nn.Parameter(torch.tensor([-1.0, 2.0]))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from definitions import least, log_sum, mcp, proxed, scad, value_of
 from torch import nn
+from training import proximal_gradient
 
 from torch_regpen import (
     L0,
@@ -25,7 +26,6 @@ from torch_regpen import (
     LogSum,
     NuclearNorm,
     Orthogonal,
-    RegularizedOptimizer,
     SparseGroupLasso,
 )
 from torch_regpen import functional as F
@@ -68,21 +68,17 @@ def regression(n=60, p=12, q=None, seed=0):
     return X, (Y if q else Y[:, 0])
 
 
-def fit(make, X, Y, steps=400, start=None):
-    """What proximal gradient descent makes of `||Y - X W||^2 / (2n) + penalty`, and the audit at its end."""
-    A, B = tensor(X), tensor(Y)
-    W = nn.Parameter(torch.zeros((A.shape[1], *B.shape[1:])).double() if start is None else tensor(start).clone())
-    penalty = make([("W", W)])
-    lr = len(A) / torch.linalg.matrix_norm(A, 2).item() ** 2
-    optimizer = RegularizedOptimizer(torch.optim.SGD([W], lr=lr), penalty, "proximal")
-    for _ in range(steps):
-        W.grad = A.T @ (A @ W.detach() - B) / len(A)
-        optimizer.step()
-    W.grad = A.T @ (A @ W.detach() - B) / len(A)
-    return W.detach(), penalty.stationarity().item()
-
-
 # skglm: penalties
+
+
+def assert_agree(their, make, w, grad):
+    """skglm's penalty and ours, on weights with a gradient: the value, and the distance to the subdifferential."""
+    p = nn.Parameter(tensor(w))
+    penalty = make([("w", p)])
+    assert penalty().item() == pytest.approx(their.value(w), rel=1e-12), penalty
+    p.grad = tensor(grad)
+    distance = their.subdiff_distance(w, grad, np.arange(len(w)))
+    assert penalty.stationarity().item() == pytest.approx(distance.max(), rel=1e-12), penalty
 
 
 def test_values_and_distances_to_the_subdifferential_are_those_of_skglm(skglm):
@@ -105,12 +101,7 @@ def test_values_and_distances_to_the_subdifferential_are_those_of_skglm(skglm):
         (theirs.WeightedMCPenalty(lam, gamma, factors), MCP, lam, {"knee": gamma * lam, "weights": weights}),
     ]
     for their, ours, our_lam, shape in pairs:
-        p = nn.Parameter(tensor(w))
-        penalty = ours([("w", p)], our_lam, **shape)
-        assert penalty().item() == pytest.approx(their.value(w), rel=1e-12), ours
-        p.grad = tensor(grad)
-        distance = their.subdiff_distance(w, grad, np.arange(30))
-        assert penalty.stationarity().item() == pytest.approx(distance.max(), rel=1e-12), ours
+        assert_agree(their, lambda w, ours=ours, lam=our_lam, shape=shape: ours(w, lam, **shape), w, grad)
 
 
 def test_group_values_and_distances_are_those_of_skglm(skglm):
@@ -127,12 +118,7 @@ def test_group_values_and_distances_are_those_of_skglm(skglm):
         (theirs.BlockSCAD(lam, 3.7), SCAD, {"groups": "output", "knee": 3.7 * lam, "a": 3.7}),
     ]
     for their, ours, shape in pairs:
-        p = nn.Parameter(tensor(w))
-        penalty = ours([p], lam, scale=False, **shape)
-        assert penalty().item() == pytest.approx(their.value(w), rel=1e-12), ours
-        p.grad = tensor(grad)
-        distance = their.subdiff_distance(w, grad, np.arange(10))
-        assert penalty.stationarity().item() == pytest.approx(distance.max(), rel=1e-12), ours
+        assert_agree(their, lambda w, ours=ours, shape=shape: ours(w, lam, scale=False, **shape), w, grad)
 
 
 def test_proximal_maps_are_those_of_skglm_where_these_are_right(skglm):
@@ -204,12 +190,14 @@ def test_group_lasso_regression_ends_where_skglm_does(skglm):
     roots = np.full(groups, math.sqrt(size))
     their = skglm.GroupLasso(groups=size, alpha=alpha, weights=roots, fit_intercept=False, tol=1e-12)
     w = tensor(their.fit(X, y).coef_)
-    ours, audit = fit(lambda w: GroupLasso(w, alpha, groups=Blocks(size)), X, y)
+    ours, penalty = proximal_gradient(lambda w: GroupLasso(w, alpha, groups=Blocks(size)), X, y)
     torch.testing.assert_close(ours, w, atol=1e-8, rtol=0)
     assert torch.equal(ours == 0, w == 0)
     assert 0 < (w == 0).sum() < len(w)
-    assert audit < 1e-10
-    unscaled, _ = fit(lambda w: GroupLasso(w, alpha * math.sqrt(size), groups=Blocks(size), scale=False), X, y)
+    assert penalty.stationarity() < 1e-10
+    unscaled, _ = proximal_gradient(
+        lambda w: GroupLasso(w, alpha * math.sqrt(size), groups=Blocks(size), scale=False), X, y
+    )
     torch.testing.assert_close(unscaled, ours)
 
 
@@ -219,12 +207,12 @@ def test_mcp_regression_ends_where_skglm_does(skglm, alpha):
     X = X / np.linalg.norm(X, axis=0) * math.sqrt(len(X))
     gamma = 3.0
     their = skglm.MCPRegression(alpha=alpha, gamma=gamma, fit_intercept=False, tol=1e-12).fit(X, y)
-    ours, audit = fit(lambda w: MCP(w, alpha, knee=gamma * alpha), X, y)
+    ours, penalty = proximal_gradient(lambda w: MCP(w, alpha, knee=gamma * alpha), X, y)
     torch.testing.assert_close(ours, tensor(their.coef_), atol=1e-7, rtol=0)
     assert torch.equal(ours == 0, tensor(their.coef_) == 0)
-    assert audit < 1e-9
-    _, audit = fit(lambda w: MCP(w, alpha, knee=gamma * alpha), X, y, steps=0, start=their.coef_)
-    assert audit < 1e-8
+    assert penalty.stationarity() < 1e-9
+    _, penalty = proximal_gradient(lambda w: MCP(w, alpha, knee=gamma * alpha), X, y, steps=0, start=their.coef_)
+    assert penalty.stationarity() < 1e-8
 
 
 # cvxpy: any convex problem
@@ -291,8 +279,8 @@ def test_prox_and_regression_end_where_cvxpy_does(name, minimised):
 
     X, Y = regression(p=6, q=3)
     n = len(X)
-    W, audit = fit(lambda W: ours(W, lam), X, Y)
-    assert audit < 1e-9
+    W, penalty = proximal_gradient(lambda W: ours(W, lam), X, Y)
+    assert penalty.stationarity() < 1e-9
     expected = minimised((6, 3), lambda cp, V: cp.sum_squares(Y - X @ V) / (2 * n) + lam * theirs(cp, V))
     torch.testing.assert_close(W, expected, atol=1e-4, rtol=0)
     if "nuclear" not in name:

@@ -276,6 +276,36 @@ def test_weights_changed_from_outside_restart_their_twins(change, make):
         assert optimizer.state[w][STEPS].max() < 1e3 * 0.01 / optimizer.state[w]["exp_avg_sq"].sqrt().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_large_matrix_that_was_set_to_another_constant_restarts(dtype):
+    """All words of it change by the same power of two times an odd number."""
+    w = torch.zeros(2048, 2048, dtype=dtype, requires_grad=True)
+    optimizer = Regularized(torch.optim.SGD([w], lr=0.1), L1([w], 0.01), "dual")
+    for _ in range(3):
+        w.grad = torch.zeros_like(w)
+        optimizer.step()
+    w.data.fill_(2)
+    optimizer.step()
+    assert optimizer.state[w][STEPS].item() == pytest.approx(0.1)
+    torch.testing.assert_close(w.detach(), torch.full_like(w, 2 - 0.1 * 0.01))
+
+
+def test_a_change_shows_where_a_neighbour_had_no_step_yet():
+    ws = [torch.ones(3, 2, requires_grad=True) for _ in range(2)]
+    optimizer = Regularized(torch.optim.SGD(ws, lr=0.1), L1(ws, 0.5), "dual")
+    for w in ws:
+        w.grad = torch.zeros_like(w)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())  # knows none of them now
+    ws[1].grad = None
+    optimizer.step()
+    ws[1].grad = torch.zeros_like(ws[1])
+    ws[0].data.fill_(3)
+    optimizer.step()
+    torch.testing.assert_close(ws[0].detach(), torch.full((3, 2), 3 - 0.1 * 0.5))
+    torch.testing.assert_close(ws[1].detach(), torch.full((3, 2), 1 - 2 * 0.1 * 0.5))
+
+
 def test_a_swap_of_averages_and_back():
     model = network()
     optimizer = Regularized(sgd(model), L1(model, 0.05), "dual")

@@ -11,22 +11,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 from . import multi_tensor
-from .groups import Elements, working_dtype
+from .groups import Elements, largest, working_dtype
 from .sharding import local, on_parts
-from .terms import Sized, Term, limit, pieces, prox
+from .terms import Bundle, Sized, Step, Term, limit, one_step, pieces, prox, prox_
 
 __all__ = [
     "LATENT",
     "STEPS",
-    "fingerprints",
+    "Fingerprints",
     "forget",
+    "no_steps",
     "restart",
     "to_latent",
-    "to_latent_together",
     "to_visible",
-    "to_visible_together",
     "visible",
 ]
 
@@ -36,104 +36,132 @@ STEPS = "latent_steps"
 State = dict[str, Any]
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-SMALL = 1 << 15  # elements, up to which tensors go together
-CHUNK = 1 << 16  # words that are multiplied and summed within the cache
+SMALL = 1 << 12  # elements, up to which tensors go together
 
 
-def fingerprints(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """For each, a sum of the bits of the elements on this rank, each weighted by where it lies; 0-dim.
+class Fingerprints:
+    """Of tensors: the same as long as nobody changed them, whatever the company, and hardly ever after a change.
 
-    It is the same as long as nobody changed them, whatever the company, and hardly ever after.
+    A fingerprint is a sum of the bits on this rank, each word weighted by where it lies. One object takes those of one
+    step: what it multiplies with is made where the tensors are, and does not outlive them.
     """
-    flat = [_flat(parameter) for parameter in parameters]
-    small = [i for i, x in enumerate(flat) if len(x) <= SMALL]
-    found = dict(zip(small, _of_small([flat[i] for i in small]), strict=True)) if small else {}
-    return [found[i] if i in found else _of_large(x) for i, x in enumerate(flat)]
+
+    def __init__(self) -> None:
+        self._weights: dict[torch.device, Tensor] = {}
+        self._memory: dict[torch.device, Tensor] = {}
+        self._together: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+    def of(self, parameters: Sequence[Tensor]) -> Tensor:
+        """One for each tensor of a pack, int64."""
+        ws = [local(parameter) for parameter in parameters]
+        small = [i for i, w in enumerate(ws) if w.numel() <= SMALL]
+        found = dict(zip(small, self._of_small([ws[i] for i in small]), strict=True)) if small else {}
+        return torch.stack([found[i] if i in found else self._of_large(w) for i, w in enumerate(ws)])
+
+    def _of_small(self, ws: list[Tensor]) -> Sequence[Tensor]:
+        """By the differences of running sums over all of them."""
+        bits = _bits(_flatten_dense_tensors(ws)).flatten()
+        sizes = tuple(w.numel() for w in ws)
+        if sizes not in self._together:
+            in_element = bits.numel() // max(sum(sizes), 1)  # 2 for complex numbers
+            lengths = [in_element * size for size in sizes]
+            weights = self._weights_for(max(lengths), bits.device)
+            ends = torch.tensor([0, *lengths], device="cpu").to(bits.device, non_blocking=True).cumsum(0)
+            self._together[sizes] = torch.cat([weights[:length] for length in lengths]), ends
+        weights, ends = self._together[sizes]
+        sums = (bits * weights).long().cumsum(0)
+        return torch.nn.functional.pad(sums, (1, 0))[ends].diff().unbind()
+
+    def _of_large(self, w: Tensor) -> Tensor:
+        """In words of 32 bits, whatever the dtype."""
+        flat = (torch.view_as_real(w) if w.is_complex() else w).reshape(-1)
+        in_word = max(4 // flat.element_size(), 1)
+        if flat.numel() % in_word or flat.storage_offset() % in_word:
+            flat = torch.nn.functional.pad(flat, (0, -flat.numel() % in_word))
+        words = flat.view(torch.int32)
+        size = min(words.numel(), multi_tensor.sizes(flat).chunk)
+        weights, products = self._weights_for(size, flat.device), self._memory_for(size, flat.device)
+        sums = []
+        for some in words.split(size):
+            if some.numel() < size:
+                n = some.numel()
+                weights, products = weights[:n], products if products is None else products[:n]
+            sums.append(torch.mul(some, weights, out=products).sum(dtype=torch.int32))
+        return (torch.stack(sums) * self._weights_for(len(sums), flat.device).long()).sum()
+
+    def _weights_for(self, size: int, device: torch.device) -> Tensor:
+        """Odd numbers in no order: ordered ones sum to a power of two, which hides a change of all words alike."""
+        if device not in self._weights or self._weights[device].numel() < size:
+            x = torch.arange(1, max(size, SMALL) + 1, dtype=torch.int32, device=device) * -0x61C88647
+            x = (x ^ (x >> 15)) * 0x2C1B3C6D
+            self._weights[device] = (x ^ (x >> 13)) | 1
+        return self._weights[device][:size]
+
+    def _memory_for(self, size: int, device: torch.device) -> Tensor | None:
+        """For products, the same each time; None for what the compiler allocates."""
+        if torch.compiler.is_compiling():
+            return None
+        if device not in self._memory or self._memory[device].numel() < size:
+            self._memory[device] = torch.empty(size, dtype=torch.int32, device=device)
+        return self._memory[device][:size]
 
 
-def _of_small(flat: list[Tensor]) -> list[Tensor]:
-    """By the differences of running sums over all of them."""
-    sizes = [0, *map(len, flat)]
-    bits = torch.cat([x.view(INTEGERS[x.element_size()]) for x in flat])
-    places = _places(max(sizes), bits.device)
-    sums = (bits * torch.cat([places[:size] for size in sizes])).cumsum(0)
-    ends = torch.tensor(sizes, device="cpu").to(sums.device, non_blocking=True).cumsum(0)
-    return list(torch.nn.functional.pad(sums, (1, 0))[ends].diff().unbind())
+def _bits(x: Tensor) -> Tensor:
+    """The same memory as integers."""
+    x = torch.view_as_real(x) if x.is_complex() else x
+    return x.view(INTEGERS[x.element_size()])
 
 
-def _of_large(flat: Tensor) -> Tensor:
-    """In words of 64 bits, whatever the dtype."""
-    in_word = 8 // flat.element_size()
-    if len(flat) % in_word or flat.storage_offset() % in_word:
-        flat = torch.nn.functional.pad(flat, (0, -len(flat) % in_word))
-    words = flat.view(torch.int64)
-    chunk = CHUNK if flat.device.type == "cpu" else len(words)
-    places = _places(min(chunk, len(words)), flat.device)
-    sums = [(some * places[: len(some)]).sum() for some in words.split(chunk)]
-    return sums[0] if len(sums) == 1 else (torch.stack(sums) * places[: len(sums)]).sum()
-
-
-def _places(size: int, device: torch.device) -> Tensor:
-    """The odd numbers; none of them, where all shards are on other ranks."""
-    return 2 * torch.arange(size, device=device) + 1
-
-
-def _flat(parameter: Tensor) -> Tensor:
-    w = local(parameter)
-    return (torch.view_as_real(w) if w.is_complex() else w).reshape(-1)
-
-
-def to_latent_together(
-    parameters: Sequence[Tensor], states: Sequence[State], known: Sequence[Tensor], keep: bool
-) -> None:
-    """`to_latent` of a pack, all of which have a twin and a known fingerprint."""
-    changed = (torch.stack(fingerprints(parameters)) != torch.stack(list(known))).unbind()
-    ws = [local(parameter) for parameter in parameters]
-    twins = [local(state[LATENT]) for state in states]
-    latent = [torch.where(c, w.to(twin.dtype), twin) for c, w, twin in zip(changed, ws, twins, strict=True)]
-    for state, c in zip(states, changed, strict=True):
-        local(state[STEPS]).masked_fill_(c, 0)
-    if keep:
-        torch._foreach_copy_(twins, ws)
-    torch._foreach_copy_(ws, latent)
-
-
-def to_visible_together(parameters: Sequence[Tensor], states: Sequence[State], size: Any, linear: float) -> None:
-    """`to_visible` of a pack, all of which have a twin, for `linear * sum abs(w)` and one step without a cap."""
-    steps = [local(state[STEPS]) for state in states]
-    torch._foreach_add_(steps, size)
-    torch._foreach_copy_([local(state[LATENT]) for state in states], [*map(local, parameters)])
-    multi_tensor.soft_thresholds_(parameters, torch.stack(steps) * linear)
-
-
-def to_latent(parameter: Tensor, state: State, known: Tensor | None, keep: bool) -> None:
-    """Put the latent weights in place of the visible ones.
+def to_latent(parameters: Sequence[Tensor], states: Sequence[State], anew: Tensor, keep: bool) -> None:
+    """Put the latent weights of a pack in place of the visible ones.
 
     Args:
-        parameter: holds the visible weights.
-        state: the optimizer's state of the parameter; without a twin in it the latent weights are the visible ones.
-        known: the fingerprint of the weights that the last step left; where it differs now the twin starts anew.
+        parameters: hold the visible weights.
+        states: the optimizer's states of them, with a twin in each.
+        anew: for each whether its twin starts anew, where the visible weights are.
         keep: the visible weights, where the latent ones were: a cap is relative to them.
     """
-    if LATENT not in state:
-        return
-    w, twin = local(parameter), local(state[LATENT])
-    steps = local(state[STEPS])
-    if known is not None:
-        steps.masked_fill_(fingerprints([parameter])[0] != known, 0)
-    for take in multi_tensor.cuts(w, range(w.ndim)):
-        seen, kept = take(w), take(twin)
-        # Without a step it is where the weights are: so it is for a twin that was not in the checkpoint they come from.
-        latent = torch.where(take(steps) == 0, seen.to(twin.dtype), _read_now(kept))
+    ws = [local(parameter) for parameter in parameters]
+    twins = [local(state[LATENT]) for state in states]
+    steps = [_bits(local(state[STEPS])) for state in states]
+    # Arithmetic of the bits: of numbers, 0 * nan would not be 0; and torch.where takes twice as long on a CPU.
+    torch._foreach_mul_(steps, (~anew).to(steps[0].dtype).unbind())
+    goes_on = (~anew).to(_bits(ws[0]).dtype).unbind()
+    for some_ws, some_twins in multi_tensor.corresponding(ws, twins):
+        visible = list(map(_bits, some_ws))
+        beyond = torch._foreach_sub(list(map(_bits, some_twins)), visible)
         if keep:
-            kept.copy_(_read_now(seen))
-        seen.copy_(latent)
+            torch._foreach_copy_(some_twins, list(map(_read_now, some_ws)))
+        torch._foreach_addcmul_(visible, beyond, goes_on)
 
 
-def to_visible(terms: list[Term], state: State, step: Sized) -> None:
+def to_visible(bundle: Bundle, states: Sequence[State], steps: Sequence[Sized]) -> None:
     """Keep the latent weights that the optimizer has moved, and put the visible ones in their place."""
-    if LATENT not in state:
-        restart(terms[0].tensor, state, step)
+    for parameter, state, step in zip(bundle.tensors, states, steps, strict=True):
+        if LATENT not in state:
+            restart(parameter, state, step)
+    if steps[0].cap is not None or any(state[STEPS].ndim for state in states):
+        for terms, state, step in zip(bundle.each, states, steps, strict=True):
+            _to_visible_by_element(terms, state, step)
+        return
+    twins, so_far = ([local(state[name]) for state in states] for name in (LATENT, STEPS))
+    if one_step(steps):
+        sums = torch.stack(so_far) + steps[0].size
+    else:
+        sums = torch.stack([s + step.size for s, step in zip(so_far, steps, strict=True)])
+    torch._foreach_copy_(so_far, sums.unbind())
+    if bundle.only_thresholds:
+        multi_tensor.soft_thresholds_(bundle.tensors, sums * bundle.coefficients[0], twins)
+        return
+    for terms, twin, s in zip(bundle.each, twins, sums.unbind(), strict=True):
+        for some, take in pieces(terms, times=8):
+            w = some[0].tensor
+            take(twin).copy_(_read_now(w))
+            prox_(Bundle([some], [w], bundle.group), [Step(s)])
+
+
+def _to_visible_by_element(terms: list[Term], state: State, step: Sized) -> None:
+    """`to_visible` where steps differ by element, or are capped."""
     if state[STEPS].ndim == 0:
         state[STEPS] += step.size
     for some, take in pieces(terms):
@@ -164,6 +192,12 @@ def restart(parameter: Tensor, state: State, step: Sized) -> None:
         state[STEPS] = torch.zeros_like(parameter, dtype=dtype)
     else:
         state[STEPS] = torch.zeros((), dtype=dtype, device=parameter.device)
+
+
+def no_steps(state: State) -> Tensor:
+    """Whether the twin has taken none, 0-dim: so it is for one that was not in the checkpoint of the weights."""
+    none: Tensor = largest(local(state[STEPS])) == 0
+    return none
 
 
 def visible(terms: list[Term], state: State) -> Tensor:

@@ -163,6 +163,7 @@ def _widest_grad(terms: list[Term], w: Tensor) -> Tensor:
 
 
 def _no_autocast(w: Tensor) -> AbstractContextManager[Any]:
-    """Switches autocast off, where the device of `w` has it."""
+    """Switches autocast off, where it is on for the device of `w`."""
     kind = w.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()

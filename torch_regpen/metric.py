@@ -6,6 +6,8 @@ With momentum `s` is not `lr`, and with Adam it differs by coordinate (ProxGen: 
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -37,7 +39,7 @@ class RootStep(NamedTuple):
     lr: float | Tensor
     eps: float
     cap: float | Tensor
-    beta: float = 0.0
+    beta: float | Tensor = 0.0
     updates: Tensor | None = None
 
     def part(self, take: Take) -> RootStep:
@@ -61,7 +63,9 @@ def quotients(steps: Sequence[RootStep]) -> tuple[Tensor, Tensor]:
     if updates is None:
         root = torch.ones(len(steps), device=moment.device)
     else:
-        root = (1 - beta ** torch.stack([step.updates for step in steps])).sqrt()  # type: ignore[misc]
+        # exp(n*log(beta)), for inductor computes beta^n for each element anew, and this once
+        log = beta.log() if isinstance(beta, Tensor) else math.log(beta or sys.float_info.min)
+        root = (1 - (log * torch.stack([step.updates for step in steps])).exp()).sqrt()  # type: ignore[misc]
         root = root.to(moment.device, non_blocking=True)
     return root * lr, root * eps + torch.finfo(torch.float32).tiny
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from . import dual, multi_tensor
 from . import loss as losses
 from .metric import Metric, RootStep, Step, differs_by_coordinate, quotients, steps_of
-from .terms import Bundle, Term, add_grad_, check_grad, check_prox, decay_, one_step, prox_
+from .terms import Bundle, Term, add_grad_, check_grad, check_prox, decay_, prox_
 
 __all__ = ["MODES", "Mode"]
 
@@ -137,11 +137,13 @@ class Dual(Proximal):
 
     def __init__(self, optimizer: Optimizer, metric: Metric) -> None:
         super().__init__(optimizer, metric)
+        self.fingerprints = dual.Fingerprints()
         self.left: dict[int, Tensor] = {}  # the fingerprint of what the last step left in each parameter
         self.moved: dict[int, Tensor] = {}  # the latent weights, while a closure looks at the visible ones
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "left": {}, "moved": {}}  # in a copy the same ids may mean other tensors
+        # In a copy the same ids may mean other tensors.
+        return {**self.__dict__, "fingerprints": dual.Fingerprints(), "left": {}, "moved": {}}
 
     def before_reevaluation(self, active: list[Bundle]) -> None:
         for terms, parameter in _singly(active):
@@ -155,15 +157,22 @@ class Dual(Proximal):
             return
         keep = differs_by_coordinate(self.optimizer, self.metric)
         for bundle in active:
-            if bundle.off:
-                continue
-            states = [self.optimizer.state.get(parameter, {}) for parameter in bundle.tensors]
-            known = [self.left[id(parameter)] for parameter in bundle.tensors if id(parameter) in self.left]
-            if 1 < len(states) == len(known) and all(dual.LATENT in state for state in states):
-                dual.to_latent_together(bundle.tensors, states, known, keep)
-                continue
-            for parameter, state in zip(bundle.tensors, states, strict=True):
-                dual.to_latent(parameter, state, self.left.get(id(parameter)), keep)
+            ws = [w for w in bundle.tensors if dual.LATENT in self.optimizer.state.get(w, {})]
+            if ws and not bundle.off:
+                states = [self.optimizer.state[w] for w in ws]
+                dual.to_latent(ws, states, self._anew(ws, states), keep)
+
+    def _anew(self, ws: list[Tensor], states: list[dict[str, Any]]) -> Tensor:
+        """For each whether somebody has changed it since the last step, or it has made none."""
+        known = [self.left.get(id(w)) for w in ws]
+        if not any(left is None for left in known):
+            return self.fingerprints.of(ws) != torch.stack(known)  # type: ignore[arg-type]
+        return torch.stack(
+            [
+                dual.no_steps(state) if left is None else self.fingerprints.of([w])[0] != left
+                for w, state, left in zip(ws, states, known, strict=True)
+            ]
+        )
 
     def prox_steps(self, bundle: Bundle) -> list[float | Tensor]:
         sizes = super().prox_steps(bundle)
@@ -178,13 +187,9 @@ class Dual(Proximal):
                 for parameter, state, step in zip(bundle.tensors, states, steps, strict=True):
                     dual.restart(parameter, state, step)
                 continue
-            alike = one_step(steps) and all(dual.LATENT in state for state in states)
-            if not torch.compiler.is_compiling() and alike and bundle.only_thresholds:
-                dual.to_visible_together(bundle.tensors, states, steps[0].size, bundle.coefficients[0])
-            else:
-                for terms, state, step in zip(bundle.each, states, steps, strict=True):
-                    dual.to_visible(terms, state, step)
-            self.left.update(zip(map(id, bundle.tensors), dual.fingerprints(bundle.tensors), strict=True))
+            dual.to_visible(bundle, states, steps)
+            self.left.update(zip(map(id, bundle.tensors), self.fingerprints.of(bundle.tensors).unbind(), strict=True))
+        self.fingerprints = dual.Fingerprints()
 
 
 def _singly(active: list[Bundle]) -> Iterator[tuple[list[Term], Tensor]]:

@@ -21,10 +21,12 @@ from .sharding import local
 __all__ = [
     "add_",
     "add_with_total_",
+    "corresponding",
     "cuts",
     "gradients",
     "mul_",
     "packs",
+    "sizes",
     "soft_threshold_",
     "soft_threshold_each_",
     "soft_thresholds_",
@@ -50,7 +52,7 @@ class Sizes:
 
 # A chunk of float32 and what is computed beside it are within the second-level cache; temporaries of twice the size go
 # back to the system each time, and new ones cost more than what is done to them.
-CPU = Sizes(small=1 << 15, pack=1 << 16, chunk=1 << 17)
+CPU = Sizes(small=1 << 17, pack=1 << 18, chunk=1 << 17)
 CUDA = Sizes(small=1 << 21, pack=1 << 24, chunk=1 << 24)  # enough to keep the device busy
 
 ROW = 1 << 9  # elements that a norm in float32 may sum one after the other
@@ -67,16 +69,16 @@ def packs(ws: Sequence[Tensor]) -> list[list[int]]:
     open_packs: dict[Any, list[int]] = {}
     room: dict[Any, int] = {}
     for i, w in enumerate(ws):
-        size, sizes = w.numel(), _sizes(w)
+        size, limits = w.numel(), sizes(w)
         kind = (type(w), w.dtype, w.device)
-        if not 0 < size <= sizes.small:
+        if not 0 < size <= limits.small:
             found.append([i])
         elif size <= room.get(kind, 0):
             open_packs[kind].append(i)
             room[kind] -= size
         else:
             open_packs[kind] = [i]
-            room[kind] = sizes.pack - size
+            room[kind] = limits.pack - size
             found.append(open_packs[kind])
     return found
 
@@ -89,7 +91,7 @@ def cuts(w: Tensor, dims: Sequence[int], times: int = 1) -> Iterator[Take]:
         dims: along which it may be cut.
         times: how much larger than usual the pieces may be, where next to nothing is written beside them.
     """
-    chunk = times * _sizes(w).chunk
+    chunk = times * sizes(w).chunk
     if not dims or w.numel() <= chunk or local(w) is not w or torch.compiler.is_compiling():
         yield lambda x: x
         return
@@ -109,7 +111,7 @@ def total(ws: Sequence[Tensor], linear: float, quadratic: float) -> Tensor:
     """`sum (linear*|w| + quadratic*w^2)` over all elements, 0-dim, accumulated in float32 at least."""
     values = []
     buffer = None
-    for (some,) in _pieces(ws, times=2):
+    for (some,) in corresponding(ws, times=2):
         x = _wide(some)
         if quadratic:
             values.append(quadratic * _sum_of_squares(x))
@@ -151,7 +153,7 @@ def add_with_total_(grads: Sequence[Tensor], ws: Sequence[Tensor], linear: float
             torch._foreach_mul_(signs, some_ws)  # |w|
             values.append(linear * _wide(signs).sum())
     if quadratic:
-        for some_ws, some_grads in _pieces(ws, grads):
+        for some_ws, some_grads in corresponding(ws, grads):
             values.append(quadratic * _sum_of_squares(_wide(some_ws)))
             _add_(some_grads, some_ws, 2 * quadratic)
     return summed(values)
@@ -173,15 +175,16 @@ def soft_threshold_(ws: Sequence[Tensor], t: Scalar) -> None:
         for w in _local(ws):
             torch._C._nn.softshrink(w, t, out=w)  # type: ignore[call-arg, arg-type]
     else:
-        for (some,) in _pieces(ws):
+        for (some,) in corresponding(ws):
             _soft_threshold_(some, t)
 
 
-def soft_thresholds_(ws: Sequence[Tensor], ts: Tensor) -> None:
-    """`soft_threshold_`, an element of `ts` for each tensor."""
+def soft_thresholds_(ws: Sequence[Tensor], ts: Tensor, copies: Sequence[Tensor]) -> None:
+    """`soft_threshold_`, an element of `ts` for each tensor; what they were is kept in `copies`."""
     ws = _local(ws)
     t = ts[0] if len(ws) == 1 else _spread(ts, ws)
-    for (some_ws,) in _pieces(ws):
+    for some_ws, some_copies in corresponding(ws, copies):
+        torch._foreach_copy_(some_copies, some_ws)
         _soft_threshold_(some_ws, t)
 
 
@@ -199,7 +202,7 @@ def soft_threshold_each_(
     """
     ws = _local(ws)
     numerator, e = (x[0] if len(ws) == 1 else _spread(x, ws) for x in (numerators, eps))
-    for some_ws, some_moments in _pieces(ws, moments):
+    for some_ws, some_moments in corresponding(ws, moments):
         t = _wide(some_moments).sqrt().add_(e)
         _soft_threshold_(some_ws, torch.div(numerator, t, out=t).clamp_max_(cap))
 
@@ -212,9 +215,9 @@ def _spread(xs: Tensor, ws: Sequence[Tensor]) -> Tensor:
 def _with_signs(
     ws: Sequence[Tensor], grads: Sequence[Tensor]
 ) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
-    """`_pieces`, and the signs of the first, in memory that the next piece uses again."""
+    """`corresponding`, and the signs of the first, in memory that the next piece uses again."""
     buffer = None
-    for some_ws, some_grads in _pieces(ws, grads, times=2):  # one buffer is all that is written beside them
+    for some_ws, some_grads in corresponding(ws, grads, times=2):  # one buffer is all that is written beside them
         if len(some_ws) > 1 or torch.compiler.is_compiling():
             yield some_ws, some_grads, list(torch._foreach_sign(some_ws))
             continue
@@ -287,7 +290,7 @@ def _soft_threshold_(some: list[Tensor], t: Scalar) -> None:
         torch._foreach_copy_(some, _parted(x.sub_(clamped), some))
 
 
-def _pieces(*lists: Sequence[Tensor], times: int = 1) -> Iterator[tuple[list[Tensor], ...]]:
+def corresponding(*lists: Sequence[Tensor], times: int = 1) -> Iterator[tuple[list[Tensor], ...]]:
     """Corresponding pieces of lists of tensors of the same shapes: chunks of single ones, or all of a pack."""
     parts = tuple(map(_local, lists))
     if len(parts[0]) > 1 or torch.compiler.is_compiling():
@@ -299,7 +302,7 @@ def _pieces(*lists: Sequence[Tensor], times: int = 1) -> Iterator[tuple[list[Ten
 
 def _chunks(w: Tensor, *others: Tensor, times: int) -> Iterator[tuple[Tensor, ...]]:
     """Tensors of one shape, cut alike, whatever their strides: along dim 0, if its rows fit a chunk."""
-    size, chunk = w.numel(), times * _sizes(w).chunk
+    size, chunk = w.numel(), times * sizes(w).chunk
     if size <= chunk:
         return iter([(w, *others)])
     if all(x.is_contiguous() for x in (w, *others)):
@@ -309,7 +312,8 @@ def _chunks(w: Tensor, *others: Tensor, times: int) -> Iterator[tuple[Tensor, ..
     return zip(*(x.split(rows, dim) for x in (w, *others)), strict=True)
 
 
-def _sizes(w: Tensor) -> Sizes:
+def sizes(w: Tensor) -> Sizes:
+    """How tensors are put together and cut on the device of `w`."""
     return CUDA if w.is_cuda else CPU
 
 

@@ -327,8 +327,12 @@ def decay_(bundle: Bundle, step: float | Tensor) -> None:
             some[0].tensor.copy_(decayed(some, step))
 
 
-def pieces(terms: list[Term]) -> Iterator[tuple[list[Term], Take]]:
+def pieces(terms: list[Term], times: int = 1) -> Iterator[tuple[list[Term], Take]]:
     """The terms of one tensor, on pieces of it that fit the cache, where it can be cut between their groups.
+
+    Args:
+        terms: all on one tensor.
+        times: how much larger than usual the pieces may be.
 
     Yields:
         The terms on a piece, and what takes the same piece of anything beside the tensor.
@@ -336,7 +340,7 @@ def pieces(terms: list[Term]) -> Iterator[tuple[list[Term], Take]]:
     if not terms:
         return
     w = terms[0].tensor
-    for take in multi_tensor.cuts(w, _separable(terms)):
+    for take in multi_tensor.cuts(w, _separable(terms), times):
         piece = take(w)
         if piece is w:
             yield terms, take

@@ -30,6 +30,7 @@ def bisected(x, r):
     return (x * high / (high + r)).astype(float)
 
 
+@torch.no_grad()  # as in a step: on a CPU the search then stops where it is at rest
 def check(x, r, dtype, device):
     """Compare groups, the rows of x and r, with the bisection; returns which of them are zero."""
     x, r = torch.tensor(x, dtype=dtype, device=device), torch.tensor(r, dtype=dtype, device=device)

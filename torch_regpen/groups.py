@@ -128,6 +128,10 @@ class NormGrouping(Grouping):
         dims = self.dims(xs[0].ndim)
         return tuple(x.sum(dim=dims, keepdim=True) for x in xs) if dims else xs
 
+    def all_known(self, condition: Tensor) -> bool:
+        """Whether it holds for all groups, where that can be asked: on a CPU, where nobody waits for the answer."""
+        return type(condition) is Tensor and condition.device.type == "cpu" and not _traced() and bool(condition.all())
+
     def largest(self, x: Tensor) -> Tensor:
         """The largest element of each group of a view, 0 or more, broadcastable to it."""
         dims = self.dims(x.ndim)

@@ -18,29 +18,25 @@ from torch.optim import Optimizer
 from .groups import largest
 from .terms import Step, Take
 
-__all__ = ["Metric", "RootStep", "Step", "differs_by_coordinate", "quotients", "steps_of", "why_not"]
+__all__ = ["Metric", "RootStep", "Step", "differs_by_coordinate", "steps_of", "why_not"]
 
 Metric = str | Callable[[Optimizer, Tensor, dict[str, Any]], float | Tensor]
 
 
 class RootStep(NamedTuple):
-    """`lr*root / (sqrt(moment) + eps*root)` for each element, `root = sqrt(1 - beta^updates)`: a step not yet computed.
+    """`numerator / (sqrt(moment) + eps)` for each element: a step not yet computed.
 
     Attributes:
         moment: the second moment, of the parameter's shape.
-        lr: a number or a 0-dim tensor.
-        eps: a number.
+        numerator: 0-dim.
+        eps: 0-dim, not 0.
         cap: as of `Step`.
-        beta: the decay of the moment.
-        updates: their number so far, 0-dim; None where the moment's bias is not corrected, and `root` is 1.
     """
 
     moment: Tensor
-    lr: float | Tensor
-    eps: float
+    numerator: Tensor
+    eps: Tensor
     cap: float | Tensor
-    beta: float | Tensor = 0.0
-    updates: Tensor | None = None
 
     def part(self, take: Take) -> RootStep:
         """The step of what `take` takes of the parameter."""
@@ -49,25 +45,32 @@ class RootStep(NamedTuple):
     @property
     def size(self) -> Tensor:
         """The step of each element."""
-        numerators, eps = quotients([self])
-        size: Tensor = numerators[0] / (self.moment.sqrt() + eps[0])
-        return size
+        return torch.div(self.numerator, self.moment.sqrt().add_(self.eps))
 
 
-def quotients(steps: Sequence[RootStep]) -> tuple[Tensor, Tensor]:
-    """The numerator `lr*root` and the `eps*root` of each of some steps, which differ in moment and updates only.
+class _Biased(NamedTuple):
+    """`lr / (sqrt(moment / (1 - beta^updates)) + eps)`, which becomes a `RootStep`."""
 
-    Before the first update the one is 0, and the other not quite: no 0/0.
-    """
-    moment, lr, eps, _, beta, updates = steps[0]
-    if updates is None:
-        root = torch.ones(len(steps), device=moment.device)
-    else:
-        # exp(n*log(beta)), for inductor computes beta^n for each element anew, and this once
+    moment: Tensor
+    lr: float | Tensor
+    eps: float
+    cap: float | Tensor
+    beta: float | Tensor
+    updates: Tensor
+
+    @staticmethod
+    def corrected(steps: Sequence[_Biased]) -> list[RootStep]:
+        """Of those that differ in moment and updates only, all at once.
+
+        Before the first update the numerator is 0, and eps not quite: no 0/0.
+        """
+        moment, lr, eps, _, beta, _ = steps[0]
+        # exp(n*log(beta)): inductor computes beta^n for each element anew, and this once.
         log = beta.log() if isinstance(beta, Tensor) else math.log(beta or sys.float_info.min)
-        root = (1 - (log * torch.stack([step.updates for step in steps])).exp()).sqrt()  # type: ignore[misc]
+        root = (1 - (log * torch.stack([step.updates for step in steps])).exp()).sqrt()
         root = root.to(moment.device, non_blocking=True)
-    return root * lr, root * eps + torch.finfo(torch.float32).tiny
+        quotients = zip((root * lr).unbind(), (root * eps + torch.finfo(root.dtype).tiny).unbind(), strict=True)
+        return [RootStep(step.moment, *quotient, step.cap) for step, quotient in zip(steps, quotients, strict=True)]
 
 
 def steps_of(
@@ -80,7 +83,8 @@ def steps_of(
     if rule is None or rule is _sgd:  # one for all
         step = Step(group["lr"]) if rule is None else _sgd(parameters[0], {}, group)
         return [step] * len(parameters)
-    return [rule(parameter, optimizer.state.get(parameter, {}), group) for parameter in parameters]
+    steps = [rule(parameter, optimizer.state.get(parameter, {}), group) for parameter in parameters]
+    return _Biased.corrected(steps) if rule is _adam else steps  # type: ignore[arg-type, return-value]
 
 
 def why_not(optimizer: Optimizer) -> str | None:
@@ -111,9 +115,9 @@ def _asgd(parameter: Tensor, state: State, group: Group) -> Step:
     return Step(lr / (1 + lambd * lr * (state["step"] - 1)) ** group["alpha"])
 
 
-def _adam(parameter: Tensor, state: State, group: Group) -> RootStep:
+def _adam(parameter: Tensor, state: State, group: Group) -> _Biased:
     moment = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
-    return RootStep(moment, group["lr"], group["eps"], _cap(group), group["betas"][1], state["step"])
+    return _Biased(moment, group["lr"], group["eps"], _cap(group), group["betas"][1], state["step"])
 
 
 def _sparse_adam(parameter: Tensor, state: State, group: Group) -> Step:
@@ -191,7 +195,7 @@ def _cap(group: Group, momentum: float = 0.0) -> float | Tensor:
     return cap
 
 
-RULES: dict[type[Optimizer], Callable[[Tensor, State, Group], Step | RootStep]] = {
+RULES: dict[type[Optimizer], Callable[[Tensor, State, Group], Step | _Biased]] = {
     optim.SGD: _sgd,
     optim.ASGD: _asgd,
     optim.Adam: _adam,
@@ -214,5 +218,5 @@ if hasattr(optim, "Muon"):  # since torch 2.9
     WITHOUT[optim.Muon] = "makes the gradient of a matrix orthogonal, whatever its size"
 
 
-def _rule(optimizer: Optimizer) -> Callable[[Tensor, State, Group], Step | RootStep] | None:
+def _rule(optimizer: Optimizer) -> Callable[[Tensor, State, Group], Step | _Biased] | None:
     return next((RULES[kind] for kind in type(optimizer).__mro__ if kind in RULES), None)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from . import dual, multi_tensor
 from . import loss as losses
-from .metric import Metric, RootStep, Step, differs_by_coordinate, quotients, steps_of
+from .metric import Metric, RootStep, Step, differs_by_coordinate, steps_of
 from .terms import Bundle, Term, add_grad_, check_grad, check_prox, decay_, prox_
 
 __all__ = ["MODES", "Mode"]
@@ -124,9 +124,9 @@ class Proximal(Mode):
             steps = self.steps_of(bundle)
             roots = [step for step in steps if isinstance(step, RootStep)]
             if roots and bundle.only_thresholds:
+                numerators = torch.stack([step.numerator for step in roots]) * bundle.coefficients[0]
+                eps = torch.stack([step.eps for step in roots])
                 moments = [step.moment for step in roots]
-                numerators, eps = quotients(roots)
-                numerators *= bundle.coefficients[0]
                 multi_tensor.soft_threshold_each_(bundle.tensors, moments, numerators, eps, roots[0].cap)
             else:
                 prox_(bundle, steps)

@@ -244,6 +244,9 @@ class AcrossShards(NormGrouping):
     def largest(self, x: Tensor) -> Tensor:
         return _all_reduce(super().largest(x), self.along, dist.ReduceOp.MAX)
 
+    def all_known(self, condition: Tensor) -> bool:
+        return False  # on other ranks, which take part in what follows, it may not hold
+
     def squares(self, x: Tensor) -> Tensor:
         """What this rank has to add to the squared norms; in float64, which they do not overflow."""
         return self.grouping.norm(x).double().square()

@@ -562,10 +562,14 @@ def _block_soft_threshold(x: Tensor, r: Tensor, grouping: NormGrouping) -> Tenso
     modulus = x.abs()
     at_zero, norm = grouping.totals((modulus / r).square_(), modulus.square())
     theta = torch.maximum(norm.sqrt() - grouping.largest(r), grouping.largest(modulus - r)).clamp_min(0)
+    dead, accuracy = at_zero <= 1, math.sqrt(torch.finfo(r.dtype).eps)
     for _ in range(NEWTON_STEPS):
         inverse = (theta + r).reciprocal_()
         squares = (modulus * inverse).square_()
         f, slope = grouping.totals(squares, inverse.mul_(squares))
-        theta = theta + f * (f.sqrt() - 1) / slope
-    theta = torch.where(at_zero <= 1, 0, theta)
+        change = (f * (f.sqrt() - 1) / slope).masked_fill_(dead, 0)
+        theta = theta + change
+        if grouping.all_known(change <= accuracy * theta):  # then the next one would be rounding
+            break
+    theta = torch.where(dead, 0, theta)
     return x * (theta / (theta + r))

@@ -200,11 +200,24 @@ def soft_threshold_each_(
         eps: an element for each tensor, not 0 where the numerator is.
         cap: the largest threshold.
     """
-    ws = _local(ws)
-    numerator, e = (x[0] if len(ws) == 1 else _spread(x, ws) for x in (numerators, eps))
-    for some_ws, some_moments in corresponding(ws, moments):
-        t = _wide(some_moments).sqrt().add_(e)
-        _soft_threshold_(some_ws, torch.div(numerator, t, out=t).clamp_max_(cap))
+    ws, moments = _local(ws), _local(moments)
+    for run in _runs(ws):
+        some = ws[run]
+        numerator, e = (x[run][0] if len(some) == 1 else _spread(x[run], some) for x in (numerators, eps))
+        for some_ws, some_moments in corresponding(some, moments[run]):
+            t = _wide(some_moments).sqrt().add_(e)
+            _soft_threshold_(some_ws, torch.div(numerator, t, out=t).clamp_max_(cap))
+
+
+def _runs(ws: Sequence[Tensor]) -> Iterator[slice]:
+    """Parts of a pack of half a chunk each, where several temporaries of their size have to fit the cache."""
+    start = size = 0
+    for i, w in enumerate(ws):
+        if i > start and size + w.numel() > sizes(w).chunk // 2:
+            yield slice(start, i)
+            start, size = i, 0
+        size += w.numel()
+    yield slice(start, len(ws))
 
 
 def _spread(xs: Tensor, ws: Sequence[Tensor]) -> Tensor:

@@ -122,7 +122,11 @@ def rows() -> Iterator[Row]:
             yield Row(name, COST, f"{mode} {kind}", "plain")
             if "euclidean" in mode:  # the only step that torchao's knows
                 yield Row(name, TORCHAO, peer, f"{mode} {kind}")
-    yield Row("compiled AdamW, L1 proximal, euclidean", "compiled plain steps", "compiled proximal", "compiled plain")
+    for name, metric in (("euclidean", "euclidean"), ("Adam's metric", "auto")):
+        yield Row(
+            f"compiled AdamW, L1 proximal, {name}", "compiled plain steps", f"compiled {metric}", "compiled plain"
+        )
+        yield Row(f"compiled fused AdamW, L1 proximal, {name}", COST, f"compiled fused {metric}", "plain")
 
 
 MEMORY = {
@@ -157,8 +161,11 @@ def jobs(ws: list[nn.Parameter], wanted: set[str]) -> dict[str, Job]:
         optimizer = adamw if metric == "auto" else euclidean  # the dual mode keeps other states in each
         return RegularizedOptimizer(optimizer, penalty, mode, metric=metric).step
 
-    def compiled(wrap: Callable[[torch.optim.Optimizer], torch.optim.Optimizer]) -> Job:
-        return torch.compile(wrap(torch.optim.AdamW(ws, lr=LR, weight_decay=0)).step)
+    def compiled(metric: str | None, fused: bool) -> Job:
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(ws, lr=LR, weight_decay=0, fused=fused or None)
+        if metric is not None:
+            optimizer = RegularizedOptimizer(optimizer, L1(ws, LAM), "proximal", metric=metric)
+        return torch.compile(optimizer.step)
 
     found: dict[str, Job] = {
         "in place": make_in_place(sum(w.numel() for w in ws), ws[0].device) if "in place" in wanted else adamw.step,
@@ -182,11 +189,10 @@ def jobs(ws: list[nn.Parameter], wanted: set[str]) -> dict[str, Job]:
         lasso = {groups: GroupLasso(matrices, LAM, groups=groups) for groups in ("output", "input")}
         found |= {f"prox_ {groups}": lambda penalty=penalty: penalty.prox_(LR) for groups, penalty in lasso.items()}
         found |= {f"{mode} rows": regularized(lasso["output"], *arguments) for mode, arguments in MODES.items()}
-    if "compiled plain" in wanted:
-        found["compiled plain"] = compiled(lambda optimizer: optimizer)
-        found["compiled proximal"] = compiled(
-            lambda optimizer: RegularizedOptimizer(optimizer, L1(ws, LAM), "proximal", metric="euclidean")
-        )
+    if any("compiled" in name for name in wanted):
+        found["compiled plain"] = compiled(None, False)
+        for metric in ("euclidean", "auto"):
+            found |= {f"compiled {'fused ' * fused}{metric}": compiled(metric, fused) for fused in (False, True)}
     try:
         found["torchao elements"] = torchao(ws, [], "ElemGrouper", "ProxLasso")
         if matrices:

@@ -60,6 +60,10 @@ def adamw(model):
     return torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
 
 
+def fused(model):
+    return torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0, fused=True)
+
+
 def stepped(make, mode, backend):
     """The weights after each of some steps; on the way lambda changes, and a weight becomes NaN."""
     torch.manual_seed(0)
@@ -88,7 +92,7 @@ def stepped(make, mode, backend):
     [
         *((make, mode, "aot_eager") for make in (sgd, adamw) for mode in ("coupled", "decoupled")),
         *((sgd, mode, "inductor") for mode in ("proximal", "dual")),
-        (adamw, "proximal", "inductor"),
+        *((make, "proximal", "inductor") for make in (adamw, fused)),
         (adamw, "dual", "aot_eager"),
     ],
 )

@@ -51,6 +51,18 @@ def test_ramps(ramp, expected):
     assert seen == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("ramp", [LinearRamp, CosineRamp])
+def test_a_pickled_ramp_goes_on_with_its_penalty(ramp):
+    penalty = L1(nn.Linear(2, 2), 0.5)
+    schedule = ramp(penalty, 4)
+    schedule.step()
+    found, found_schedule = pickle.loads(pickle.dumps((penalty, schedule)))
+    found_schedule.step()
+    assert penalty.lam < found.lam < 0.5
+    schedule.step()
+    assert penalty.lam == found.lam
+
+
 def test_each_group_and_each_part_has_its_own_base():
     one, two = nn.Linear(2, 2), nn.Linear(2, 2)
     first = L1([{"params": [one.weight], "lam": 1.0}, {"params": [two.weight]}], 3.0)

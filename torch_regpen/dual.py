@@ -15,8 +15,9 @@ from torch._utils import _flatten_dense_tensors
 
 from . import multi_tensor
 from .groups import Elements, largest, working_dtype
+from .prox import Sized, Step, limit, one_step, prox, prox_
 from .sharding import local, on_parts
-from .terms import Bundle, Sized, Step, Term, limit, one_step, pieces, prox, prox_
+from .terms import Bundle, Term, pieces
 
 __all__ = [
     "LATENT",

@@ -16,7 +16,8 @@ from torch import Tensor, optim
 from torch.optim import Optimizer
 
 from .groups import largest
-from .terms import Step, Take
+from .multi_tensor import Take
+from .prox import Step
 
 __all__ = ["Metric", "RootStep", "Step", "differs_by_coordinate", "steps_of", "why_not"]
 

@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from . import dual, multi_tensor
 from . import loss as losses
 from .metric import Metric, RootStep, Step, differs_by_coordinate, steps_of
-from .terms import Bundle, Term, add_grad_, check_grad, check_prox, decay_, prox_
+from .prox import check_prox, decay_, prox_
+from .terms import Bundle, Term, add_grad_, check_grad
 
 __all__ = ["MODES", "Mode"]
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .optional import needed
 from .penalty import Penalty, Sum, checked_lam
 from .sharding import maximum
-from .terms import by_tensor, distance
+from .stationarity import distance
+from .terms import by_tensor
 
 __all__ = ["Path", "lam_max", "regularization_path"]
 

@@ -20,21 +20,11 @@ from torch import Tensor, nn
 from . import functional as F
 from . import loss, sharding
 from .groups import Elements, Grouping, Groups, SingularValues, resolve, working_dtype
+from .prox import Step, check_prox, prox_
 from .selection import Params, Select, Slot, select_slots, spellings
+from .stationarity import distance
 from .summary import summary_table
-from .terms import (
-    Bundle,
-    Step,
-    Term,
-    add_grad_,
-    add_grad_and_value_,
-    bundles,
-    by_tensor,
-    check_grad,
-    check_prox,
-    distance,
-    prox_,
-)
+from .terms import Bundle, Term, add_grad_, add_grad_and_value_, bundles, by_tensor, check_grad
 
 __all__ = ["Penalty", "Sum"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 from .groups import Elements
 from .optim import RegularizedOptimizer
 from .penalty import Penalty
+from .prox import prox
 from .sharding import everywhere
-from .terms import Term, by_tensor, prox
+from .terms import Term, by_tensor
 
 __all__ = ["CosineRamp", "LamScheduler", "LinearRamp", "TargetSparsity"]
 
@@ -75,7 +77,7 @@ class LinearRamp(LamScheduler):
 
     def __init__(self, penalty: Penalty, steps: int) -> None:
         steps = _checked_count("steps", steps)
-        super().__init__(penalty, lambda step: min(step / steps, 1.0))
+        super().__init__(penalty, partial(_linear, steps))
 
 
 class CosineRamp(LamScheduler):
@@ -83,7 +85,15 @@ class CosineRamp(LamScheduler):
 
     def __init__(self, penalty: Penalty, steps: int) -> None:
         steps = _checked_count("steps", steps)
-        super().__init__(penalty, lambda step: (1 - math.cos(math.pi * min(step / steps, 1.0))) / 2)
+        super().__init__(penalty, partial(_cosine, steps))
+
+
+def _linear(steps: int, step: int) -> float:
+    return min(step / steps, 1.0)
+
+
+def _cosine(steps: int, step: int) -> float:
+    return (1 - math.cos(math.pi * _linear(steps, step))) / 2
 
 
 def _scale(penalty: Penalty, base: list[float], factor: float) -> None:

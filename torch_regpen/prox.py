@@ -1,0 +1,281 @@
+"""The proximal map of all terms of one tensor together, and the decoupled step, in place and for bundles of tensors.
+
+Known in closed form are those of any single kind, and of sums of L1, L2 and elastic nets over elements and over groups
+of one grouping; `check_prox` says so before training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from . import functional as F
+from . import multi_tensor
+from .groups import Elements, NormGrouping, SingularValues, working_dtype
+from .multi_tensor import Take
+from .sharding import local, on_parts
+from .terms import Bundle, Term, pieces, separable
+
+if TYPE_CHECKING:
+    from .penalty import Penalty
+
+__all__ = ["Sized", "Step", "check_prox", "decay_", "limit", "one_step", "prox", "prox_"]
+
+NEWTON_STEPS = 16  # of the root search; 13 were the most that any of a million groups, made to be hard, needed
+
+
+class Step(NamedTuple):
+    """What an optimizer does to a parameter for a unit gradient.
+
+    Attributes:
+        size: the step: a number, a 0-dim tensor, or a tensor of the parameter's shape.
+        cap: the most that one step may shrink an element, where the optimizer normalises its steps; else None.
+    """
+
+    size: float | Tensor
+    cap: float | Tensor | None = None
+
+    def part(self, take: Take) -> Step:
+        """The step of what `take` takes of the parameter."""
+        return self._replace(size=take(self.size))
+
+
+class Sized(Protocol):
+    """A `Step`, or what will be one when it is looked at."""
+
+    @property
+    def size(self) -> float | Tensor: ...
+    @property
+    def cap(self) -> float | Tensor | None: ...
+    def part(self, take: Take) -> Sized: ...
+
+
+def one_step(steps: Sequence[Sized]) -> bool:
+    """Whether they are the same step, a scalar without a cap."""
+    return steps[0].cap is None and _scalar(steps[0].size) and all(step is steps[0] for step in steps)
+
+
+def prox_(bundle: Bundle, steps: Sequence[Sized]) -> None:
+    """The proximal map of the terms of each tensor, in place, with its own step; see `prox`."""
+    step = steps[0]
+    if bundle.shrinks and one_step(steps):
+        linear, quadratic = bundle.coefficients
+        if linear:
+            multi_tensor.soft_threshold_(bundle.tensors, step.size * linear)
+        if quadratic:
+            multi_tensor.mul_(bundle.tensors, 1 / (1 + step.size * (2 * quadratic)))
+        return
+    for terms, step in zip(bundle.each, steps, strict=True):
+        terms = [term for term in terms if not term.off]
+        if _prox_along_rays_(terms, step):
+            continue
+        for some, take in pieces(terms):
+            part = step.part(take)
+            some[0].tensor.copy_(prox(some, part.size, part.cap))
+
+
+def _prox_along_rays_(terms: list[Term], step: Sized) -> bool:
+    """The proximal map of a single term over groups in place, where that takes no copy; whether it does."""
+    if len(terms) != 1 or step.cap is not None or not _scalar(step.size):
+        return False
+    (term,) = terms
+    w, grouping = term.tensor, term.grouping
+    if not isinstance(grouping, NormGrouping) or term.center is not None or term.kind.positive:
+        return False
+    if torch.compiler.is_compiling() or local(w) is not w:
+        return False
+    if not torch._C._is_alias_of(grouping.view(w), w):  # type: ignore[attr-defined]
+        return False
+    rows = [dim for dim in separable(terms) if dim == 0]  # along another dimension a norm reads memory in order uncut
+    for take in multi_tensor.cuts(w, rows, times=8):
+        t = step.size * take(term.scaled_lam)
+        grouping.scale_(take(w), partial(term.kind.rho_prox, t=t))
+    return True
+
+
+def decay_(bundle: Bundle, step: float | Tensor) -> None:
+    """The decoupled subgradient step of the terms of each tensor, in place; see `decayed`."""
+    if bundle.shrinks:
+        linear, quadratic = bundle.coefficients
+        if quadratic:
+            factor = 1 - step * (2 * quadratic)
+            multi_tensor.mul_(bundle.tensors, factor.clamp_min(0) if isinstance(factor, Tensor) else max(factor, 0.0))
+        if linear:
+            multi_tensor.soft_threshold_(bundle.tensors, step * linear)
+        return
+    for terms in bundle.each:
+        for some, _ in pieces([term for term in terms if not term.off]):
+            some[0].tensor.copy_(decayed(some, step))
+
+
+def check_prox(terms: list[Term], per_coordinate: bool = False) -> None:
+    """Raise `ValueError` where the prox of the sum of these terms of one tensor is not known in closed form.
+
+    Known are: any single kind; and sums of L1, L2 and elastic nets over elements and over groups of one grouping.
+    """
+    for term in terms:
+        if not term.kind.has_prox():
+            raise ValueError(
+                f"{type(term.kind).__name__} has no proximal map in closed form; use it in the loss, or with "
+                "mode='coupled' or 'decoupled'"
+            )
+    names = " + ".join(type(term.kind).__name__ for term in terms)
+    where = f"{names} on parameter {terms[0].name!r}"
+    ways_out = "use mode='coupled' or 'decoupled', or one of them in the loss"
+    if any(term.kind.coefficients is None for term in terms):
+        if len(terms) > 1:
+            raise ValueError(f"the prox of {where} is not known in closed form; {ways_out}")
+        if per_coordinate and not isinstance(terms[0].grouping, Elements):
+            raise ValueError(
+                f"the prox of {where} over groups is not known where the step differs by coordinate; "
+                "use metric='euclidean'"
+            )
+        return
+    grouped = [term for term in terms if term.grouped]
+    elements = [term for term in terms if term.linear and not term.grouped]
+    if len({term.grouping for term in grouped}) > 1:
+        raise ValueError(f"the prox of {where}, over groups that overlap, is not known in closed form; {ways_out}")
+    if any(isinstance(term.grouping, SingularValues) for term in grouped):
+        if per_coordinate:
+            raise ValueError(
+                f"the prox of {where} over singular values is not known where the step differs by coordinate; "
+                "use metric='euclidean'"
+            )
+        if elements or any(term.kind.positive for term in terms):
+            raise ValueError(
+                f"the prox of {where}, over elements and singular values, is not known in closed form; {ways_out}"
+            )
+    centers = {id(term.center) for term in terms if term.kind.coefficients != (0.0, 1.0)}
+    positive = any(term.kind.positive for term in terms)
+    if len(centers) > 1 or (positive and grouped and centers != {id(None)}):
+        raise ValueError(f"the prox of {where}, around different centers, is not known in closed form; {ways_out}")
+
+
+@on_parts
+def prox(terms: list[Term], step: float | Tensor, cap: float | Tensor | None = None) -> Tensor:
+    """`argmin_v 1/2 sum_i (v_i - w_i)^2 / step_i + (the terms at v)`: the proximal map of all terms of one tensor.
+
+    Args:
+        terms: all on one tensor; `check_prox` has passed.
+        step: a number, or a tensor of steps that is 0-dim or of the shape of the parameter.
+        cap: no element shrinks by more than this, nor the norm of a group by more than this times `sqrt(size)`.
+    """
+    w = terms[0].tensor
+    if len(terms) == 1 and terms[0].kind.coefficients is None:
+        term = terms[0]
+        t = step * term.scaled_lam
+        x = term.offset(w)
+        v = limit(x, F.prox(lambda u: term.kind.rho_prox(u, t), x, term.grouping), cap, term.grouping)
+        return v if term.center is None else v + term.center
+    v = w.to(torch.promote_types(w.dtype, working_dtype(w.dtype)))
+    v, step = _prox_quadratic(terms, v, step)
+    linear = [term for term in terms if term.linear]
+    grouped = [term for term in linear if term.grouped]
+    center = linear[0].center if linear else None
+    if center is not None:
+        v = v - center
+    thresholds = [term.scaled_lam * term.linear for term in linear if not term.grouped]
+    if thresholds:
+        v = F.soft_threshold(v, step * sum(thresholds))
+    if center is not None and not grouped:
+        v, center = v + center, None
+    x = w if center is None else w - center
+    if any(term.kind.positive for term in terms):
+        x, v = x.clamp_min(0), v.clamp_min(0)
+    v = limit(x, v, cap, Elements())
+    if grouped:
+        v = limit(x, _prox_grouped(grouped, v, step), cap, grouped[0].grouping)
+    return v if center is None else v + center
+
+
+@on_parts
+def decayed(terms: list[Term], step: float | Tensor) -> Tensor:
+    """`w - step * (subgradient of the terms)`, in which no element (group) crosses zero: it stops there."""
+    w = terms[0].tensor
+    if len(terms) == 1:
+        term = terms[0]
+        t = step * term.scaled_lam
+        v = F.prox(lambda u: _descend(u, t, term.kind), term.offset(w), term.grouping)
+        return v if term.center is None else v + term.center
+    v = w - step * sum(term.grad(w) for term in terms)
+    if any(term.center is not None for term in terms):
+        return v
+    crossed = (v.sgn() * w.sgn().conj()).real < 0  # of v * w itself, tiny numbers would lose the sign
+    return v.masked_fill(crossed, 0)
+
+
+def _descend(u: Tensor, t: float | Tensor, kind: Penalty) -> Tensor:
+    return (u - t * kind.rho_grad(u).masked_fill(u == 0, 0)).clamp_min(0)
+
+
+def limit(old: Tensor, new: Tensor, cap: float | Tensor | None, grouping: Any) -> Tensor:
+    """`new`, moved back towards `old` where an element moved by more than `cap` or a group by `cap * sqrt(size)`."""
+    if cap is None:
+        return new
+    if isinstance(grouping, Elements) and not new.is_complex():
+        old = old.to(new.dtype)
+        return new.clamp(old - cap, old + cap)
+    if isinstance(grouping, NormGrouping) and not grouping.scale:
+        cap = cap * math.sqrt(grouping.size(old.shape))
+    u, rebuild = grouping.polar(new - old)
+    # What did not move too far is `new` itself: where the norm of a difference of 1e-23 is 0, it would stay `old`.
+    return torch.where(grouping.spread(u <= cap, new), new, old + rebuild(u.clamp_max(cap)))
+
+
+def _prox_quadratic(terms: list[Term], v: Tensor, step: float | Tensor) -> tuple[Tensor, float | Tensor]:
+    """The prox of the squares, and the step left for the other terms, whose prox follows it."""
+    squares = [(term.elementwise_lam * term.quadratic, term.center) for term in terms if term.quadratic]
+    if not squares:
+        return v, step
+    denominator = 1 + 2 * step * sum(coefficient for coefficient, _ in squares)
+    for coefficient, center in squares:
+        if center is not None:
+            v = v + 2 * step * coefficient * center
+    return v / denominator, step / denominator
+
+
+def _prox_grouped(terms: list[Any], v: Tensor, step: float | Tensor) -> Tensor:
+    """Block soft threshold: closed form for one step, a root search for each group where steps differ by coordinate."""
+    grouping = terms[0].grouping
+    lam = sum(term.scaled_lam * term.linear for term in terms)
+    if isinstance(step, Tensor) and step.ndim > 0:
+        radius = lam * math.sqrt(grouping.count(v.shape))
+        x, s = grouping.view(v), grouping.view(step)
+        return _block_soft_threshold(x, s * radius, grouping).reshape(v.shape)
+    t = step * lam
+    return F.prox(lambda u: (u - t).clamp_min(0), v, grouping)
+
+
+def _block_soft_threshold(x: Tensor, r: Tensor, grouping: NormGrouping) -> Tensor:
+    """`argmin_v 1/2 sum_i (v_i - x_i)^2 / r_i + ||v||` for each group of a view of a tensor.
+
+    `v_i = x_i * theta / (theta + r_i)` where `theta = ||v||` solves `f(theta) = sum_i (x_i / (theta + r_i))^2 = 1`, and
+    `v = 0` where `f(0) <= 1`. `1/sqrt(f)` is concave (a power mean of lines), so Newton's method for it climbs to the
+    root from any start below it; `||x|| - max r` is one, and so is each `|x_i| - r_i`: from there on no quotient
+    exceeds 1.
+    """
+    tiny = torch.finfo(r.dtype).tiny
+    r = r.clamp_min(tiny)
+    modulus = x.abs()
+    at_zero, norm = grouping.totals((modulus / r).square_(), modulus.square())
+    theta = torch.maximum(norm.sqrt() - grouping.largest(r), grouping.largest(modulus - r)).clamp_min(0)
+    dead, accuracy = at_zero <= 1, math.sqrt(torch.finfo(r.dtype).eps)
+    for _ in range(NEWTON_STEPS):
+        inverse = (theta + r).reciprocal_()
+        squares = (modulus * inverse).square_()
+        f, slope = grouping.totals(squares, inverse.mul_(squares))
+        change = (f * (f.sqrt() - 1) / slope).masked_fill_(dead, 0)
+        theta = theta + change
+        if grouping.all_known(change <= accuracy * theta):  # then the next one would be rounding
+            break
+    theta = torch.where(dead, 0, theta)
+    return x * (theta / (theta + r))
+
+
+def _scalar(x: float | Tensor) -> bool:
+    return not isinstance(x, Tensor) or x.ndim == 0

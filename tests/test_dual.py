@@ -15,7 +15,7 @@ from training import backward
 from torch_regpen import L0, L1, L2, MCP, SCAD, ElasticNet, GroupLasso, LHalf, LogSum, NuclearNorm, SparseGroupLasso
 from torch_regpen import RegularizedOptimizer as Regularized
 from torch_regpen import groups as g
-from torch_regpen.dual import LATENT, STEPS
+from torch_regpen.dual import LATENT, STEPS, Fingerprints
 
 KINDS = {
     "L1": lambda m: L1(m, 0.05),
@@ -276,10 +276,40 @@ def test_weights_changed_from_outside_restart_their_twins(change, make):
         assert optimizer.state[w][STEPS].max() < 1e3 * 0.01 / optimizer.state[w]["exp_avg_sq"].sqrt().max()
 
 
+LARGE_CHANGES = {
+    "another constant": lambda w: w.fill_(2),
+    "an element": lambda w: w[700, 3].add_(1e-3),
+    "an ulp": lambda w: w[700, 4].copy_(torch.nextafter(w[700, 4], w.new_tensor(9))),
+    "all signs": lambda w: w.neg_(),
+    "signs of odd columns": lambda w: w[:, 1::2].neg_(),
+    "odd columns doubled": lambda w: w[:, 1::2].mul_(2),
+    "rows swapped": lambda w: w.copy_(w.flip(0)),
+    "columns swapped": lambda w: w.copy_(w.flip(1)),
+    "two rows": lambda w: w[:2].copy_(w[:2].flip(0)),
+    "two elements": lambda w: w[5, 6:8].copy_(w[5, 6:8].flip(0)),
+}
+
+
+@pytest.mark.parametrize("shape", [(1024, 64), (1024, 513), (2048, 1024)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_large_matrix_that_was_set_to_another_constant_restarts(dtype):
-    """All words of it change by the same power of two times an odd number."""
-    w = torch.zeros(2048, 2048, dtype=dtype, requires_grad=True)
+@pytest.mark.parametrize("change", LARGE_CHANGES)
+def test_a_change_of_a_large_matrix_shows(change, dtype, shape):
+    """Words that all change by the same power of two, and others that a weighted sum of words could fail to see."""
+    for start in (
+        torch.zeros(shape),
+        torch.ones(shape),
+        torch.randn(shape, generator=torch.Generator().manual_seed(0)),
+    ):
+        w = start.to(dtype)
+        before = Fingerprints().of([w])
+        old = w.clone()
+        LARGE_CHANGES[change](w)
+        if not torch.equal(w, old):
+            assert not torch.equal(Fingerprints().of([w]), before)
+
+
+def test_a_large_matrix_of_zeros_that_was_set_to_a_constant_restarts():
+    w = torch.zeros(2048, 2048, requires_grad=True)
     optimizer = Regularized(torch.optim.SGD([w], lr=0.1), L1([w], 0.01), "dual")
     for _ in range(3):
         w.grad = torch.zeros_like(w)

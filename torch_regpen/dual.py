@@ -38,6 +38,7 @@ State = dict[str, Any]
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 SMALL = 1 << 12  # elements, up to which tensors go together
+WIDTH = 1 << 9  # words in a row of what is summed by rows
 
 
 class Fingerprints:
@@ -49,7 +50,6 @@ class Fingerprints:
 
     def __init__(self) -> None:
         self._weights: dict[torch.device, Tensor] = {}
-        self._memory: dict[torch.device, Tensor] = {}
         self._together: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
     def of(self, parameters: Sequence[Tensor]) -> Tensor:
@@ -61,56 +61,59 @@ class Fingerprints:
 
     def _of_small(self, ws: list[Tensor]) -> Sequence[Tensor]:
         """By the differences of running sums over all of them."""
-        bits = _bits(_flatten_dense_tensors(ws)).flatten()
+        flat = _real(_flatten_dense_tensors(ws)).flatten()
+        words = flat.view(INTEGERS[min(flat.element_size(), 4)])  # of 64 bits, the upper ones would hardly count
         sizes = tuple(w.numel() for w in ws)
         if sizes not in self._together:
-            in_element = bits.numel() // max(sum(sizes), 1)  # 2 for complex numbers
+            in_element = words.numel() // max(sum(sizes), 1)
             lengths = [in_element * size for size in sizes]
-            weights = self._weights_for(max(lengths), bits.device)
-            ends = torch.tensor([0, *lengths], device="cpu").to(bits.device, non_blocking=True).cumsum(0)
+            weights = self._weights_for(max(lengths), words.device)
+            ends = torch.tensor([0, *lengths], device="cpu").to(words.device, non_blocking=True).cumsum(0)
             self._together[sizes] = torch.cat([weights[:length] for length in lengths]), ends
         weights, ends = self._together[sizes]
-        sums = (bits * weights).long().cumsum(0)
+        sums = (words * weights).cumsum(0)
         return torch.nn.functional.pad(sums, (1, 0))[ends].diff().unbind()
 
     def _of_large(self, w: Tensor) -> Tensor:
-        """In words of 32 bits, whatever the dtype."""
-        flat = (torch.view_as_real(w) if w.is_complex() else w).reshape(-1)
-        in_word = max(4 // flat.element_size(), 1)
+        """In words of 64 bits, weighted by their row, and the sum of rows by their column; and the sum of the numbers.
+
+        The last is for the upper bits of words, signs and exponents, of which a product shows next to nothing.
+        """
+        flat = _real(w).reshape(-1)
+        number = flat.sum(dtype=working_dtype(w.dtype))
+        in_word = 8 // flat.element_size()
         if flat.numel() % in_word or flat.storage_offset() % in_word:
             flat = torch.nn.functional.pad(flat, (0, -flat.numel() % in_word))
-        words = flat.view(torch.int32)
-        size = min(words.numel(), multi_tensor.sizes(flat).chunk)
-        weights, products = self._weights_for(size, flat.device), self._memory_for(size, flat.device)
-        sums = []
-        for some in words.split(size):
-            if some.numel() < size:
-                n = some.numel()
-                weights, products = weights[:n], products if products is None else products[:n]
-            sums.append(torch.mul(some, weights, out=products).sum(dtype=torch.int32))
-        return (torch.stack(sums) * self._weights_for(len(sums), flat.device).long()).sum()
+        words = flat.view(torch.int64)
+        length = words.numel() // WIDTH
+        rows, rest = words[: length * WIDTH].view(length, WIDTH), words[length * WIDTH :]
+        weights = self._weights_for(max(length, 2 * WIDTH), flat.device)
+        if flat.device.type == "cpu" and not torch.compiler.is_compiling():
+            total = torch.mv(rows.T, weights[:length])  # in one pass; there is none for integers elsewhere
+        else:
+            size = max(multi_tensor.sizes(flat).chunk // WIDTH, 1)
+            chunks = zip(rows.split(size), weights[:length, None].split(size), strict=True)
+            total = torch.stack([(some * factors).sum(0) for some, factors in chunks]).sum(0)
+        totals = torch.cat([total, rest, _bits(number).long().view(1)])
+        return (totals * weights[: totals.numel()]).sum()
 
     def _weights_for(self, size: int, device: torch.device) -> Tensor:
         """Odd numbers in no order: ordered ones sum to a power of two, which hides a change of all words alike."""
         if device not in self._weights or self._weights[device].numel() < size:
-            x = torch.arange(1, max(size, SMALL) + 1, dtype=torch.int32, device=device) * -0x61C88647
-            x = (x ^ (x >> 15)) * 0x2C1B3C6D
-            self._weights[device] = (x ^ (x >> 13)) | 1
+            x = torch.arange(1, max(size, 2 * SMALL) + 1, device=device) * -0x61C8864680B583EB
+            x = (x ^ (x >> 30)) * -0x40A7B892E31B1A47
+            self._weights[device] = (x ^ (x >> 27)) | 1
         return self._weights[device][:size]
-
-    def _memory_for(self, size: int, device: torch.device) -> Tensor | None:
-        """For products, the same each time; None for what the compiler allocates."""
-        if torch.compiler.is_compiling():
-            return None
-        if device not in self._memory or self._memory[device].numel() < size:
-            self._memory[device] = torch.empty(size, dtype=torch.int32, device=device)
-        return self._memory[device][:size]
 
 
 def _bits(x: Tensor) -> Tensor:
     """The same memory as integers."""
-    x = torch.view_as_real(x) if x.is_complex() else x
+    x = _real(x)
     return x.view(INTEGERS[x.element_size()])
+
+
+def _real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x) if x.is_complex() else x
 
 
 def to_latent(parameters: Sequence[Tensor], states: Sequence[State], anew: Tensor, keep: bool) -> None:

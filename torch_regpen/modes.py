@@ -157,11 +157,11 @@ class Dual(Proximal):
                 parameter.copy_(self.moved.pop(id(parameter)))
             return
         keep = differs_by_coordinate(self.optimizer, self.metric)
-        for bundle in active:
-            ws = [w for w in bundle.tensors if dual.LATENT in self.optimizer.state.get(w, {})]
-            if ws and not bundle.off:
-                states = [self.optimizer.state[w] for w in ws]
-                dual.to_latent(ws, states, self._anew(ws, states), keep)
+        state = self.optimizer.state
+        twins = [w for bundle in active if not bundle.off for w in bundle.tensors if dual.LATENT in state.get(w, {})]
+        for ws in _packed(twins):
+            states = [state[w] for w in ws]
+            dual.to_latent(ws, states, self._anew(ws, states), keep)
 
     def _anew(self, ws: list[Tensor], states: list[dict[str, Any]]) -> Tensor:
         """For each whether somebody has changed it since the last step, or it has made none."""
@@ -181,6 +181,7 @@ class Dual(Proximal):
         return [so_far + size for so_far, size in zip(sums, sizes, strict=True)]
 
     def after_update(self, active: list[Bundle]) -> None:
+        left: list[Tensor] = []
         for bundle in active:
             steps = self.steps_of(bundle)
             states = [self.optimizer.state[parameter] for parameter in bundle.tensors]
@@ -189,7 +190,9 @@ class Dual(Proximal):
                     dual.restart(parameter, state, step)
                 continue
             dual.to_visible(bundle, states, steps)
-            self.left.update(zip(map(id, bundle.tensors), self.fingerprints.of(bundle.tensors).unbind(), strict=True))
+            left += bundle.tensors
+        for ws in _packed(left):
+            self.left.update(zip(map(id, ws), self.fingerprints.of(ws).unbind(), strict=True))
         self.fingerprints = dual.Fingerprints()
 
 
@@ -198,6 +201,12 @@ def _singly(active: list[Bundle]) -> Iterator[tuple[list[Term], Tensor]]:
     for bundle in active:
         if not bundle.off:
             yield from zip(bundle.each, bundle.tensors, strict=True)
+
+
+def _packed(ws: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors that go together, whatever the terms on them."""
+    for pack in multi_tensor.packs(ws):
+        yield [ws[i] for i in pack]
 
 
 MODES: dict[str, type[Mode]] = {"coupled": Coupled, "decoupled": Decoupled, "dual": Dual, "proximal": Proximal}

@@ -50,7 +50,7 @@ class Fingerprints:
 
     def __init__(self) -> None:
         self._weights: dict[torch.device, Tensor] = {}
-        self._together: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self._together: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
     def of(self, parameters: Sequence[Tensor]) -> Tensor:
         """One for each tensor of a pack, int64."""
@@ -63,14 +63,14 @@ class Fingerprints:
         """By the differences of running sums over all of them."""
         flat = _real(_flatten_dense_tensors(ws)).flatten()
         words = flat.view(INTEGERS[min(flat.element_size(), 4)])  # of 64 bits, the upper ones would hardly count
-        sizes = tuple(w.numel() for w in ws)
-        if sizes not in self._together:
-            in_element = words.numel() // max(sum(sizes), 1)
-            lengths = [in_element * size for size in sizes]
+        in_element = words.numel() // max(sum(w.numel() for w in ws), 1)
+        lengths = [in_element * w.numel() for w in ws]
+        key = (words.device, *lengths)
+        if key not in self._together:
             weights = self._weights_for(max(lengths), words.device)
             ends = torch.tensor([0, *lengths], device="cpu").to(words.device, non_blocking=True).cumsum(0)
-            self._together[sizes] = torch.cat([weights[:length] for length in lengths]), ends
-        weights, ends = self._together[sizes]
+            self._together[key] = torch.cat([weights[:length] for length in lengths]), ends
+        weights, ends = self._together[key]
         sums = (words * weights).cumsum(0)
         return torch.nn.functional.pad(sums, (1, 0))[ends].diff().unbind()
 
@@ -87,15 +87,16 @@ class Fingerprints:
         words = flat.view(torch.int64)
         length = words.numel() // WIDTH
         rows, rest = words[: length * WIDTH].view(length, WIDTH), words[length * WIDTH :]
-        weights = self._weights_for(max(length, 2 * WIDTH), flat.device)
+        weights = self._weights_for(length + 2 * WIDTH, flat.device)
+        of_rows, of_columns = weights[:length], weights[length:]
         if flat.device.type == "cpu" and not torch.compiler.is_compiling():
-            total = torch.mv(rows.T, weights[:length])  # in one pass; there is none for integers elsewhere
+            total = torch.mv(rows.T, of_rows)  # in one pass; there is none for integers elsewhere
         else:
             size = max(multi_tensor.sizes(flat).chunk // WIDTH, 1)
-            chunks = zip(rows.split(size), weights[:length, None].split(size), strict=True)
+            chunks = zip(rows.split(size), of_rows[:, None].split(size), strict=True)
             total = torch.stack([(some * factors).sum(0) for some, factors in chunks]).sum(0)
         totals = torch.cat([total, rest, _bits(number).long().view(1)])
-        return (totals * weights[: totals.numel()]).sum()
+        return (totals * of_columns[: totals.numel()]).sum()
 
     def _weights_for(self, size: int, device: torch.device) -> Tensor:
         """Odd numbers in no order: ordered ones sum to a power of two, which hides a change of all words alike."""
@@ -125,6 +126,9 @@ def to_latent(parameters: Sequence[Tensor], states: Sequence[State], anew: Tenso
         anew: for each whether its twin starts anew, where the visible weights are.
         keep: the visible weights, where the latent ones were: a cap is relative to them.
     """
+    for parameter, state in zip(parameters, states, strict=True):
+        if state[LATENT].dtype != parameter.dtype:  # of a model that was cast, or of a checkpoint of another dtype
+            state[LATENT] = state[LATENT].to(parameter.dtype)
     ws = [local(parameter) for parameter in parameters]
     twins = [local(state[LATENT]) for state in states]
     steps = [_bits(local(state[STEPS])) for state in states]

@@ -158,7 +158,7 @@ def to_visible(bundle: Bundle, states: Sequence[State], steps: Sequence[Sized]) 
     else:
         sums = torch.stack([s + step.size for s, step in zip(so_far, steps, strict=True)])
     torch._foreach_copy_(so_far, sums.unbind())
-    if bundle.only_thresholds:
+    if bundle.only_thresholds and not torch.compiler.is_compiling():
         multi_tensor.soft_thresholds_(bundle.tensors, sums * bundle.coefficients[0], twins)
         return
     for terms, twin, s in zip(bundle.each, twins, sums.unbind(), strict=True):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Sized", "Step", "check_prox", "decay_", "limit", "one_step", "prox", "prox_"]
 
-NEWTON_STEPS = 16  # of the root search; 13 were the most that any of a million groups, made to be hard, needed
+NEWTON_STEPS = 16  # of the root search; 13 were the most that any of 800,000 groups, made to be hard, needed
 
 
 class Step(NamedTuple):

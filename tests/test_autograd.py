@@ -352,6 +352,16 @@ def compiled():
     torch._dynamo.reset()
 
 
+def test_compiled_with_the_default_backend_in_one_graph():
+    torch._dynamo.reset()
+    penalty = L1(nn.Linear(3, 2), LAM) + GroupLasso(layer := nn.Linear(3, 2), LAM)
+    value = torch.compile(lambda: penalty(), fullgraph=True)()
+    torch.testing.assert_close(value, penalty())
+    value.backward()
+    (expected,) = torch.autograd.grad(LAM * OMEGA["GroupLasso"](layer.weight), layer.weight)
+    torch.testing.assert_close(layer.weight.grad, expected)
+
+
 @EACH
 def test_compiled_in_one_graph(kind, compiled):
     module, x = Regularized(kind), torch.randn(5, 3, dtype=torch.float64)

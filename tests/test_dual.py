@@ -287,7 +287,7 @@ LARGE_CHANGES = {
     "columns swapped": lambda w: w.copy_(w.flip(1)),
     "two rows": lambda w: w[:2].copy_(w[:2].flip(0)),
     "a square transposed": lambda w: w[:64, :64].copy_(w[:64, :64].T.clone()),
-    "transposed": lambda w: w[:, : len(w)].copy_(w[:, : len(w)].T.clone()) if len(w) == 512 else w.add_(1),
+    "the largest square transposed": lambda w: (s := w[: min(w.shape), : min(w.shape)]).copy_(s.T.clone()),
     "two elements": lambda w: w[5, 6:8].copy_(w[5, 6:8].flip(0)),
 }
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors
 
 from . import multi_tensor
 from .groups import Elements, largest, working_dtype
@@ -61,7 +60,7 @@ class Fingerprints:
 
     def _of_small(self, ws: list[Tensor]) -> Sequence[Tensor]:
         """By the differences of running sums over all of them."""
-        flat = _real(_flatten_dense_tensors(ws)).flatten()
+        flat = _real(multi_tensor.joined(ws)).flatten()
         words = flat.view(INTEGERS[min(flat.element_size(), 4)])  # of 64 bits, the upper ones would hardly count
         in_element = words.numel() // max(sum(w.numel() for w in ws), 1)
         lengths = [in_element * w.numel() for w in ws]

@@ -24,6 +24,7 @@ __all__ = [
     "corresponding",
     "cuts",
     "gradients",
+    "joined",
     "mul_",
     "packs",
     "sizes",
@@ -200,7 +201,7 @@ def soft_threshold_each_(
         eps: an element for each tensor, not 0 where the numerator is.
         cap: the largest threshold.
     """
-    ws, moments = _local(ws), _local(moments)
+    ws = _local(ws)
     for run in _runs(ws):
         some = ws[run]
         numerator, e = (x[run][0] if len(some) == 1 else _spread(x[run], some) for x in (numerators, eps))
@@ -221,8 +222,8 @@ def _runs(ws: Sequence[Tensor]) -> Iterator[slice]:
 
 
 def _spread(xs: Tensor, ws: Sequence[Tensor]) -> Tensor:
-    """An element for each tensor of a pack, as one for each of theirs, `_joined`."""
-    return _joined([x.expand_as(w) for x, w in zip(xs.unbind(), ws, strict=True)])
+    """An element for each tensor of a pack, as one for each of theirs, `joined`."""
+    return joined([x.expand_as(w) for x, w in zip(xs.unbind(), ws, strict=True)])
 
 
 def _with_signs(
@@ -289,7 +290,7 @@ def _shrinks_in_place(ws: Sequence[Tensor], t: Scalar) -> bool:
 
 def _soft_threshold_(some: list[Tensor], t: Scalar) -> None:
     """`soft_threshold_` of one piece; thresholds for each element are used up."""
-    w = _joined(some)
+    w = joined(some)
     x = w.to(working_dtype(w.dtype))
     if torch.compiler.is_compiling():
         t = _variable(t, x)
@@ -335,22 +336,21 @@ def _local(ws: Sequence[Tensor]) -> list[Tensor]:
     return list(map(local, ws)) if local(ws[0]) is not ws[0] else list(ws)
 
 
-def _joined(some: Sequence[Tensor]) -> Tensor:
+def joined(some: Sequence[Tensor]) -> Tensor:
     """A tensor as it is, or several as one."""
     if len(some) == 1:
         return some[0]
     if torch._C._are_functorch_transforms_active():  # which know no more than this
         return torch.cat([x.reshape(-1) for x in some])
-    joined: Tensor = _flatten_dense_tensors(some)
-    return joined
+    return _flatten_dense_tensors(some)  # type: ignore[no-any-return]
 
 
 def _wide(some: Sequence[Tensor]) -> Tensor:
-    """`_joined`, in float32 at least."""
-    x = _joined(some)
+    """`joined`, in float32 at least."""
+    x = joined(some)
     return x.to(working_dtype(x.dtype))
 
 
 def _parted(x: Tensor, some: list[Tensor]) -> list[Tensor]:
-    """Takes apart again what `_joined` put together."""
+    """Takes apart again what `joined` put together."""
     return [x] if len(some) == 1 else list(_unflatten_dense_tensors(x, some))

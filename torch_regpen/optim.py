@@ -288,7 +288,7 @@ class RegularizedOptimizer(Optimizer):
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As the wrapped optimizer's; latent weights and frozen zeros come back too, in their own dtype."""
+        """As the wrapped optimizer's; latent weights, sums of steps (in their dtype) and frozen zeros come back too."""
         self.optimizer.load_state_dict(state_dict)
         self._mode = MODES[self.mode](self.optimizer, self.metric)
         self._zeros.thaw()  # they are found anew, in the weights that are loaded with this state

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from . import multi_tensor
 from .groups import Elements, Grouping, NormGrouping
+from .multi_tensor import Take
 from .sharding import local, on_parts
 
 if TYPE_CHECKING:
     from .penalty import Penalty
-
-Take = multi_tensor.Take
 
 
 @dataclass(slots=True, eq=False)

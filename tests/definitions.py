@@ -107,7 +107,7 @@ def members(w, groups):
         flat = w.flatten()
         return [flat[i : i + groups.k] for i in range(0, len(flat), groups.k)]
     if isinstance(groups, Heads):
-        return [head.flatten() for head in w.chunk(groups.n, groups.dim)]
+        return [head.flatten() for head in w.chunk(groups.n, groups.dim or 0)]
     dim = {"output": 0, "input": 1}.get(groups, groups)
     return [part.flatten() for part in w.unbind(dim)]
 

@@ -147,7 +147,7 @@ def test_tensors_given_as_such_are_all_taken(device):
     assert len(names(L1(Net().parameters(), 0.1))) == 6
 
 
-@pytest.mark.parametrize("select", ["weights", "all", "*.weight", lambda name, p: True])
+@pytest.mark.parametrize("select", ["*.weight", ["all", "*"], nn.Linear, lambda name, p: True])
 def test_select_beside_tensors_is_refused(select):
     with pytest.raises(ValueError, match="select"):
         L1(Net().parameters(), 0.1, select=select)
@@ -433,7 +433,8 @@ def test_parametrizations_are_penalized_at_their_originals(add, when, device):
     penalty = L1(model, 0.1)
     if when == "after":
         add(model[0])
-    expected = [*originals(model[0]), model[1].weight]
+    scales = 1 if add is parametrizations.weight_norm else 0  # its lengths are the scales of a layer
+    expected = [*originals(model[0])[scales:], model[1].weight]
     owned = {id(p) for p in model.parameters()}
     assert all(id(p) in owned for _, p in penalty.named_parameters_penalized())
     assert [id(p) for _, p in penalty.named_parameters_penalized()] == [id(p) for p in expected]

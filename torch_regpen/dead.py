@@ -10,8 +10,10 @@ from torch.distributed.tensor import DTensor, Partial
 
 from . import sharding
 from .groups import Grouping, NormGrouping, Slices, WholeTensor, working_dtype
+from .lookup import Slot
 from .penalty import Penalty
-from .selection import Select, Slot, select_slots
+from .selection import Select, Selection
+from .units import grouping_of
 
 __all__ = ["Place", "places", "zero_groups"]
 
@@ -32,9 +34,9 @@ class Place(NamedTuple):
     slots: list[Slot]
 
     @property
-    def outputs(self) -> Slices:
+    def outputs(self) -> Grouping:
         """A group for each of its output units."""
-        return Slices(self.slots[0].unit_dims(self.tensor.ndim)[0])
+        return grouping_of("output", self.slots[0], self.tensor.shape)
 
 
 def places(source: Penalty | nn.Module, select: Select | None = None, default: Select = "all") -> list[Place]:
@@ -59,9 +61,13 @@ def places(source: Penalty | nn.Module, select: Select | None = None, default: S
                 f"select={select!r} beside a penalty: it chooses among a model's parameters, and a penalty has chosen. "
                 "Give the model, or a penalty on those that you mean"
             )
-        slots = [slot for part in source.parts for group in part._slots for slot in group]
+        selections = [selection for part in source.parts for selection in part._selections]
     else:
-        slots = select_slots(source, default if select is None else select)
+        selections = [Selection(source, select, default=default)]
+    slots = []
+    for selection in selections:
+        selection.refresh()
+        slots += selection.slots
     stand_ins = sharding.stand_ins()
     found: dict[int, Place] = {}
     taken: set[str] = set()

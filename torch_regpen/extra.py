@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .groups import Grouping, working_dtype
+from .lookup import Slot, spellings
 from .penalty import ParamGroup, Penalty
-from .selection import Params, Slot, spellings
+from .selection import Params
 
 __all__ = ["ActivityPenalty", "Orthogonal"]
 

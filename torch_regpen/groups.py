@@ -15,9 +15,23 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["Blocks", "Elements", "Grouping", "Groups", "Heads", "SingularValues", "Slices", "WholeTensor", "resolve"]
+__all__ = [
+    "Blocks",
+    "Elements",
+    "Grouping",
+    "Groups",
+    "Heads",
+    "SingularValues",
+    "Slices",
+    "Units",
+    "WholeTensor",
+    "resolve",
+]
 
 Rebuild = Callable[[Tensor], Tensor]
+
+LONG = 1 << 14  # elements of which a norm in float32 is taken at once on a CPU; of more it drifts
+PART = 1 << 9  # elements of the parts into which a longer one is cut
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -116,10 +130,11 @@ class NormGrouping(Grouping):
         if dims[0] == 0 and len(dims) < x.ndim and x.device.type == "cpu" and not _traced():
             return _norm_across(x, dims)
         dtype = None if x.is_complex() else working_dtype(x.dtype)
-        # In float32 a sum over very many elements drifts: there, one dimension after the other.
-        large = math.prod([x.shape[d] for d in dims]) > 1 << 16
-        for reduced in [[d] for d in reversed(dims)] if large else [dims]:
-            x = torch.linalg.vector_norm(x, dim=reduced, keepdim=True, dtype=dtype)
+        if math.prod([x.shape[d] for d in dims]) <= LONG or x.device.type != "cpu":
+            norm: Tensor = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
+            return norm
+        for dim in reversed(dims):
+            x = _norm_along(x, dim, dtype)
             dtype = None
         return x
 
@@ -221,32 +236,57 @@ class Blocks(NormGrouping):
 
 
 @dataclass(frozen=True)
+class Units(NormGrouping):
+    """One group for each index along some dimensions of a tensor, once it is viewed in another shape.
+
+    Args:
+        shape: the shape of the view.
+        kept: its dimensions along which the groups lie; all others run inside a group.
+    """
+
+    shape: tuple[int, ...]
+    kept: tuple[int, ...]
+
+    def view(self, w: Tensor) -> Tensor:
+        return w.reshape(self.shape)
+
+    def dims(self, ndim: int) -> list[int]:
+        return [d for d in range(ndim) if d not in self.kept]
+
+
+@dataclass(frozen=True)
 class Heads(NormGrouping):
-    """A dimension is cut into `n` equal parts, the heads of an attention layer, and each part is a group.
+    """The rows (or columns) of each head of an attention layer are a group: those of q, k and v where they are stacked.
+
+    On a model it means the projections to queries, keys and values, unless `select` says otherwise, and cuts each as
+    its layer does: rows of `in_proj_weight`, `qkv` and `q_proj`, columns of the Conv1D of transformers and of an output
+    projection that is selected. A projection that queries share (grouped-query attention) has fewer heads.
 
     Args:
         n: the number of heads, 1 or more; a dimension that it does not divide raises `ValueError`.
-        dim: the dimension along which the heads lie.
+        dim: the dimension along which the heads lie; None goes by the layer, and is 0 where there is none.
         scale: False takes the norm in place of the root mean square and counts each head once.
     """
 
     n: int
-    dim: int = 0
+    dim: int | None = None
 
     def __post_init__(self) -> None:
         _check_positive("Heads(n)", self.n)
 
     def view(self, w: Tensor) -> Tensor:
-        view: Tensor = w.unflatten(self.dim, (self.n, -1))
+        view: Tensor = w.unflatten(self.dim or 0, (self.n, -1))
         return view
 
     def dims(self, ndim: int) -> list[int]:
-        return [d for d in range(ndim) if d != self.dim % (ndim - 1)]
+        dim = self.dim or 0
+        return [d for d in range(ndim) if d != dim % (ndim - 1)]
 
     def check(self, shape: torch.Size) -> None:
-        _check_dim(self.dim, shape)
-        if shape[self.dim] % self.n:
-            raise ValueError(f"{self.n} heads do not divide dimension {self.dim} of a tensor of shape {tuple(shape)}")
+        dim = self.dim or 0
+        _check_dim(dim, shape)
+        if shape[dim] % self.n:
+            raise ValueError(f"{self.n} heads do not divide dimension {dim} of a tensor of shape {tuple(shape)}")
 
 
 @dataclass(frozen=True)
@@ -298,8 +338,8 @@ Groups = str | int | Grouping
 NAMES = "'output', 'input' and 'tensor'"
 
 
-def resolve(groups: Groups | None, unit_dims: tuple[int, int] = (0, 1), scale: bool = True) -> Grouping:
-    """The grouping that a user's `groups` means for a tensor whose output and input units lie along `unit_dims`.
+def resolve(groups: Groups | None, scale: bool = True) -> Grouping:
+    """The grouping that a user's `groups` means for a tensor without a module, or with the layout of a Linear.
 
     Raises:
         ValueError: an unknown name.
@@ -312,9 +352,9 @@ def resolve(groups: Groups | None, unit_dims: tuple[int, int] = (0, 1), scale: b
     if isinstance(groups, int) and not isinstance(groups, bool):
         return Slices(groups, scale=scale)
     if groups == "output":
-        return Slices(unit_dims[0], scale=scale)
+        return Slices(0, scale=scale)
     if groups == "input":
-        return Slices(unit_dims[1], scale=scale)
+        return Slices(1, scale=scale)
     if groups == "tensor":
         return WholeTensor(scale=scale)
     if isinstance(groups, str):
@@ -331,6 +371,23 @@ def _traced() -> bool:
     """Whether what is computed may be differentiated, transformed or compiled."""
     transformed: bool = torch._C._are_functorch_transforms_active()
     return torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed
+
+
+def _norm_along(x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
+    """The norm over a dimension, which is kept; by norms of parts that are short enough for float32 not to drift."""
+    size = x.shape[dim]
+    norms: Tensor
+    if size <= LONG:
+        norms = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=dtype)
+        return norms
+    parts, rest = divmod(size, PART)
+    whole = x.narrow(dim, 0, parts * PART).unflatten(dim, (parts, PART))
+    norms = torch.linalg.vector_norm(whole, dim=dim + 1, dtype=dtype)
+    if rest:
+        norms = torch.cat(
+            [norms, torch.linalg.vector_norm(x.narrow(dim, -rest, rest), dim=dim, keepdim=True, dtype=dtype)], dim
+        )
+    return _norm_along(norms, dim, None)
 
 
 def _norm_across(x: Tensor, dims: list[int]) -> Tensor:

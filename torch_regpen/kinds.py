@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import functional as F
 from .groups import Elements, Grouping, Groups, SingularValues
@@ -93,15 +93,9 @@ class L2(ElasticNet):
         Args:
             params: see `Penalty`.
             weight_decay: as given to the optimizer, whose own is then to be 0.
-            select: see `Penalty`; tensors given as such are all taken, and `select` is left at its default.
+            select: see `Penalty`.
         """
-        if isinstance(params, nn.Module):
-            return cls(params, weight_decay / 2, select=select)
-        entries: Any = [params] if isinstance(params, Tensor) else list(params)
-        for i, entry in enumerate(entries):
-            if isinstance(entry, dict) and isinstance(entry.get("params"), nn.Module):
-                entries[i] = {"select": select, **entry}
-        return cls(entries, weight_decay / 2, select=None if select == "all" else select)
+        return cls(params, weight_decay / 2, select=select)
 
 
 class MCP(Penalty):

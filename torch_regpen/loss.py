@@ -16,7 +16,26 @@ from . import multi_tensor, sharding
 from .groups import working_dtype
 from .terms import Bundle, Term, bundles, check_grad
 
-__all__ = ["together", "total"]
+__all__ = ["check_differentiated", "together", "total"]
+
+
+def check_differentiated(work: Iterable[Bundle]) -> None:
+    """Raise `RuntimeError` where torch.func differentiates, and none of the tensors is what it differentiates by.
+
+    The penalty would be a constant, and its gradient be missing.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    differentiating = {functorch.TransformType.Grad, functorch.TransformType.Jvp}
+    if not any(interpreter.key() in differentiating for interpreter in functorch.get_interpreter_stack() or ()):
+        return
+    if not any(functorch.is_functorch_wrapped_tensor(w) for bundle in work for w in bundle.tensors):
+        raise RuntimeError(
+            "penalty() was called under a transform of torch.func that differentiates other tensors than the "
+            "penalized parameters, and would be a constant. Make the penalty a part of the module that functional_call "
+            "calls, and call it in that module's forward"
+        )
 
 
 def total(work: Iterable[Bundle]) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 import numbers
 from collections.abc import Iterable, Iterator, Mapping
 from operator import attrgetter, eq, is_
@@ -19,16 +18,19 @@ from torch import Tensor, nn
 
 from . import functional as F
 from . import loss, sharding
-from .groups import Elements, Grouping, Groups, SingularValues, resolve, working_dtype
+from .groups import Elements, Grouping, Groups, Heads, SingularValues, working_dtype
+from .lookup import Slot, spellings
 from .prox import Step, check_prox, prox_
-from .selection import Params, Select, Slot, select_slots, spellings
+from .selection import Params, Select, Selection
 from .stationarity import distance
 from .summary import summary_table
 from .terms import Bundle, Term, add_grad_, add_grad_and_value_, bundles, by_tensor, check_grad
+from .units import grouping_of
 
 __all__ = ["Penalty", "Sum"]
 
-GROUP_KEYS = {"params", "lam", "select"}
+LARGEST = torch.finfo(torch.float32).max
+GROUP_KEYS = {"params", "lam", "select", "exclude"}
 
 
 class Penalty(nn.Module):
@@ -43,10 +45,15 @@ class Penalty(nn.Module):
 
     Args:
         params: an `nn.Module`; or an iterable of tensors, or of `(name, tensor)`; or of dicts
-            `{"params": ..., "lam": ..., "select": ...}`, as torch.optim's parameter groups are.
+            `{"params": ..., "lam": ..., "select": ..., "exclude": ...}`, as torch.optim's parameter groups are.
         lam: lambda, 0 or more: the factor on `Omega`, each step anew, never multiplied by a learning rate in the loss.
-        select: which parameters of a module: None or `"weights"` (2 dimensions or more and not of a normalization
-            layer), `"all"`, a glob or a list of globs on the qualified name, or a callable `(name, parameter) -> bool`.
+        select: which parameters of a module. None or `"weights"`: what the layers multiply with; no bias, no scale of a
+            norm or of a layer, no token or position embedding held as a raw parameter, nothing on the model's own
+            `no_weight_decay()` list. `"all"`; a glob on the qualified name; a module type: all parameters of such
+            modules; a callable `(name, parameter) -> bool`. In a list or tuple, entries of one form are alternatives,
+            and different forms must all hold: `("weights", nn.Linear, "encoder.*")`. Beside tensors given as such, only
+            `"weights"` (by shape and name) and `"all"`.
+        exclude: which of them not, in the same forms; a shared parameter is left out under all its names.
         groups: None (each element), `"output"` or `"input"` (the weights into or out of a unit), a dimension,
             `"tensor"`, or one of `torch_regpen.groups`.
         scale: False takes the norm of a group in place of its root mean square and counts each group once.
@@ -77,6 +84,7 @@ class Penalty(nn.Module):
         lam: float,
         *,
         select: Select | None = None,
+        exclude: Select | None = None,
         groups: Groups | None = None,
         scale: bool = True,
         center: Literal["initial"] | Mapping[str, Tensor] | None = None,
@@ -86,14 +94,15 @@ class Penalty(nn.Module):
         self.groups = groups
         self.scale = scale
         self.param_groups: list[dict[str, Any]] = []
-        self._slots: list[list[Slot]] = []
+        self._selections: list[Selection] = []
         self.seen = {"in_loss": False}  # whether autograd went through it; an optimizer that has it looks, and warns
-        default = checked_lam(lam)
+        default, meant = checked_lam(lam), "attention" if isinstance(groups, Heads) else "weights"
         for group in _as_groups(params):
             self.param_groups.append(ParamGroup(group, lam=group.get("lam", default)))
-            self._slots.append(select_slots(group["params"], group.get("select", select)))
+            chosen = group.get("select", select), group.get("exclude", exclude)
+            self._selections.append(Selection(group["params"], *chosen, default=meant))
         self._centered = False
-        self._found: _Found | None = None
+        self._cache = _Cache()
         self.terms(frozen=True)  # raises where a parameter cannot be penalized so
         if center is not None:
             for slot, name, tensor, _, entry in self._entries("center", center):
@@ -151,42 +160,57 @@ class Penalty(nn.Module):
         """What the penalty does to each of its parameters now, shared ones once; frozen ones are left out.
 
         Raises:
-            ValueError: a parameter is in two groups, or does not fit the groups of its elements.
+            ValueError: a parameter is in two groups, does not fit the groups of its elements, or is gone.
         """
+        for selection in self._selections:
+            selection.refresh()
         if frozen or torch.compiler.is_compiling():
-            return self._find(frozen)
+            return self._find(self, frozen)
         premises = self._premises()
-        if self._found is None or not self._found.holds(premises):
-            terms, places = self._find(frozen), self._places()
-            self._found = None if places is None else _Found(terms, premises, places)
-            return terms
-        return self._found.terms
+        if not self._cache.holds(premises):
+            places = self._places()
+            if places is None:
+                return self._find(self, frozen)
+            self._cache.fill(self._find(self._as_it_is(), frozen), premises, places)
+        return self._cache.terms
 
-    def bundles(self) -> list[Bundle]:
-        """The terms, in the bundles that operations take at once."""
+    def bundles(self, *, frozen: bool = False) -> list[Bundle]:
+        """The terms, in the bundles that operations take at once.
+
+        Args:
+            frozen: whether the frozen parameters are meant where there are no others, as in an averaged model.
+        """
         terms = self.terms()
-        if self._found is None or self._found.terms is not terms:
+        if not terms and frozen:
+            return bundles(self.terms(frozen=True))
+        if self._cache.terms is not terms:
             return bundles(terms)
-        self._found.bundles = self._found.bundles or bundles(terms)
-        return self._found.bundles
+        self._cache.bundles = self._cache.bundles or bundles(terms)
+        return self._cache.bundles
 
     def _premises(self) -> list[Any]:
-        """What `terms` depends on, beside the parameters."""
-        return [self.groups, self.scale, *self.param_groups, *self._slots]
+        """What `terms` depends on, beside the parameters: the penalty's attributes, and what is selected."""
+        return [*vars(self).values(), *self.param_groups, *(selection.slots for selection in self._selections)]
 
     def _places(self) -> list[tuple[dict[str, Any], str]] | None:
         """Where the parameters are found; None where `terms` depends on more than what is there."""
         if type(self).factors is not Penalty.factors or sharding.stand_ins():
             return None
-        places = [slot.place() for slots in self._slots for slot in slots]
+        places = [slot.place() for selection in self._selections for slot in selection.slots]
         return None if None in places else places  # type: ignore[return-value]
 
-    def _find(self, frozen: bool) -> list[Term]:
+    def _as_it_is(self) -> Penalty:
+        """A shallow copy, for the terms that it keeps: with the penalty itself they would be a reference cycle."""
+        kind = copy.copy(self)
+        kind._cache = _Cache()
+        return kind
+
+    def _find(self, kind: Penalty, frozen: bool) -> list[Term]:
         seen: dict[int, int] = {}  # the index of the group that each is in
         found = []
         stand_ins = sharding.stand_ins()
-        for index, (group, slots) in enumerate(zip(self.param_groups, self._slots, strict=True)):
-            for slot in slots:
+        for index, (group, selection) in enumerate(zip(self.param_groups, self._selections, strict=True)):
+            for slot in selection.slots:
                 for name, tensor in slot.read():
                     tensor = stand_ins.get(id(tensor), tensor)
                     if id(tensor) in seen:
@@ -199,9 +223,17 @@ class Penalty(nn.Module):
                     weights = _beside(slot, slot.weights, name, tensor)
                     center = _beside(slot, slot.centers, name, tensor)
                     if self._centered and (center is None or center.shape != tensor.shape):
-                        raise ValueError(f"parameter {name!r} was not there when the penalty took its center")
+                        raise ValueError(
+                            f"parameter {name!r} was not there when the penalty took its center; build the penalty anew"
+                        )
+                    if weights is not None and weights.shape != grouping.magnitudes_shape(tensor.shape):
+                        raise ValueError(
+                            f"parameter {name!r} has changed its shape to {tuple(tensor.shape)} since the penalty took "
+                            "its weights; build the penalty anew"
+                        )
+                    length = slot.length_of(name)
                     for part, factor in self.factors(grouping):
-                        found.append(Term(name, tensor, self, part, group, factor, weights, center))
+                        found.append(Term(name, tensor, kind, part, group, factor, weights, center, length))
         return found
 
     def factors(self, grouping: Grouping) -> list[tuple[Grouping, float]]:
@@ -209,8 +241,8 @@ class Penalty(nn.Module):
         return [(grouping, 1.0)]
 
     def _grouping(self, slot: Slot, name: str, tensor: Tensor) -> Grouping:
-        grouping = resolve(self.groups, slot.unit_dims(tensor.ndim), self.scale)
         try:
+            grouping = grouping_of(self.groups, slot, tensor.shape, self.scale)
             grouping.check(tensor.shape)
         except ValueError as error:
             raise ValueError(f"parameter {name!r}: {error}") from None
@@ -221,13 +253,24 @@ class Penalty(nn.Module):
         for terms in by_tensor(self.terms()):
             yield terms[0].name, terms[0].tensor
 
-    def forward(self) -> Tensor:
+    @torch.jit.unused
+    def forward(self, input: Any = None) -> Any:
         """`sum lam * Omega(w)` over all penalized parameters, a 0-dim tensor to add to the loss.
 
         It is float64 where any parameter is, else float32, on the first parameter's device; differentiable, twice too.
+        It is 0 where all parameters are frozen.
+
+        Args:
+            input: of a layer before it, where the penalty is a member of an `nn.Sequential`: it is returned as it is.
+
+        Raises:
+            RuntimeError: under a transform of torch.func that differentiates other tensors than the penalized ones.
         """
+        if input is not None:
+            return input
         work = self.bundles()
         if work:
+            loss.check_differentiated(work)
             return loss.total(work)
         frozen = self.terms(frozen=True)
         dtypes = {working_dtype(term.tensor.dtype) for term in frozen}
@@ -266,13 +309,15 @@ class Penalty(nn.Module):
     def prox_(self, step: float | Tensor) -> None:
         """`w = prox(w, step * lam)`, in place and without autograd, for every penalized parameter.
 
+        Frozen parameters are left alone, unless all are, as those of an averaged model: then all are meant.
+
         Args:
             step: the step size, a number or a 0-dim tensor, that the plain gradient step before it had.
 
         Raises:
             ValueError: the prox is not known in closed form.
         """
-        work = self.bundles()
+        work = self.bundles(frozen=True)
         for bundle in work:
             check_prox(bundle.terms)
         for bundle in work:
@@ -298,20 +343,16 @@ class Penalty(nn.Module):
         Raises:
             ValueError: it owns none of them.
         """
-        owned = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
-        restricted = copy.copy(self)
-        restricted._slots = [
-            [slot for slot in slots if any(id(tensor) in owned for _, tensor in slot.tensors())]
-            for slots in self._slots
-        ]
-        if not any(restricted._slots):
+        restricted = self._as_it_is()
+        restricted._selections = [selection.restricted_to(optimizer) for selection in self._selections]
+        if not any(selection.slots for selection in restricted._selections):
             raise ValueError(f"{type(optimizer).__name__} owns none of the parameters of {self!r}")
         return restricted
 
     @torch.no_grad()
     def summary(self) -> str:
         """A table, a row per parameter: name, shape, lam, value, elements exactly zero, whole groups that are zero."""
-        return summary_table(self.terms())
+        return summary_table(self.terms() or self.terms(frozen=True))
 
     def __add__(self, other: Penalty) -> Sum:
         if not isinstance(other, Penalty):
@@ -320,6 +361,17 @@ class Penalty(nn.Module):
 
     def __radd__(self, other: object) -> Penalty:
         return self if isinstance(other, int) and other == 0 else NotImplemented  # where sum() of penalties begins
+
+    def __mul__(self, factor: float) -> Penalty:
+        """The same penalty with its lambdas multiplied by a number; they are its own from then on."""
+        if isinstance(factor, bool) or not isinstance(factor, numbers.Real):
+            return NotImplemented
+        scaled = self._as_it_is()
+        scaled.param_groups = [ParamGroup(group, group["lam"] * float(factor)) for group in self.param_groups]
+        scaled.seen = {"in_loss": False}
+        return scaled
+
+    __rmul__ = __mul__
 
     def extra_repr(self) -> str:
         """What stands between the brackets of its repr."""
@@ -330,16 +382,40 @@ class Penalty(nn.Module):
         return f"lam={lams}, {groups}{len(names)} parameters: {shown}"
 
     def get_extra_state(self) -> Tensor:
-        """The lambdas of its groups, in float64."""
-        return torch.tensor([group["lam"] for group in self.param_groups], dtype=torch.float64)
+        """The lambdas of its groups, in float64; of a penalty with a center, also what tells that from others."""
+        lams = torch.tensor([group["lam"] for group in self.param_groups], dtype=torch.float64)
+        return torch.cat([lams, self._center_sums()]) if self._centered else lams
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take the lambdas from a state dict."""
+        """Take the lambdas from a state dict.
+
+        Raises:
+            ValueError: it has lambdas for another number of groups; it was saved with another center.
+        """
+        groups = len(self.param_groups)
+        if self._centered and len(state) == groups + 2:
+            saved, now = state[groups:].cpu(), self._center_sums()
+            if not torch.allclose(saved, now, rtol=0, atol=1e-6 * max(float(now[1]), 1e-30)):
+                raise ValueError(
+                    "the penalty was saved with another center than it has now: center='initial' means the weights at "
+                    "its construction, not those that are loaded later. Give center= the state dict that it began from"
+                )
+            state = state[:groups]
         lams = state.tolist()
-        if len(lams) != len(self.param_groups):
-            raise ValueError(f"the state has lambdas for {len(lams)} groups, the penalty has {len(self.param_groups)}")
+        if len(lams) != groups:
+            raise ValueError(f"the state has lambdas for {len(lams)} groups, the penalty has {groups}")
         for group, lam in zip(self.param_groups, lams, strict=True):
             group["lam"] = lam
+
+    def _center_sums(self) -> Tensor:
+        """The sum and the norm of the centers, in float64."""
+        centers = [c for selection in self._selections for slot in selection.slots for c in slot.centers.values()]
+        sums = torch.zeros(2, dtype=torch.float64)
+        for center in centers:
+            x = sharding.everywhere(center.detach().abs() if center.is_complex() else center.detach()).double()
+            sums += torch.stack([x.sum(), x.square().sum()]).cpu()
+        sums[1] = sums[1].sqrt()
+        return sums
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A checkpoint from before the penalty was part of the model has no lambda, and loads all the same.
@@ -353,7 +429,7 @@ class Penalty(nn.Module):
             raise TypeError(f"{what} must be a dict of name to tensor, not {given!r}")
         found: dict[int, tuple[Slot, str, Tensor]] = {}
         names: dict[int, list[str]] = {}  # all by which a parameter can be called, shared ones by several
-        for slot in (slot for slots in self._slots for slot in slots):
+        for slot in (slot for selection in self._selections for slot in selection.slots):
             for name, tensor in slot.read():
                 found.setdefault(id(tensor), (slot, name, tensor))
                 names.setdefault(id(tensor), []).extend([*spellings(name), *spellings(slot.name)])
@@ -377,7 +453,8 @@ class Sum(Penalty):
 
     def __init__(self, penalties: Iterable[Penalty]) -> None:
         nn.Module.__init__(self)
-        self._found = None
+        self._cache = _Cache()
+        self._selections = []
         self.penalties = nn.ModuleList(part for penalty in penalties for part in penalty.parts)
 
     get_extra_state = nn.Module.get_extra_state  # each part has its own
@@ -412,7 +489,12 @@ class Sum(Penalty):
     def _places(self) -> list[tuple[dict[str, Any], str]]:
         return []
 
-    def _find(self, frozen: bool) -> list[Term]:
+    def __mul__(self, factor: float) -> Penalty:
+        return Sum(part * factor for part in self.parts)
+
+    __rmul__ = __mul__
+
+    def _find(self, kind: Penalty, frozen: bool) -> list[Term]:
         return [term for part in self.parts for term in part.terms(frozen=frozen)]
 
     def restricted_to(self, optimizer: torch.optim.Optimizer) -> Penalty:
@@ -438,21 +520,35 @@ class ParamGroup(dict[str, Any]):
     def __setitem__(self, key: str, value: Any) -> None:
         super().__setitem__(key, checked_lam(value) if key == "lam" else value)
 
+    def update(self, *args: Any, **kw: Any) -> None:
+        """As of any dict."""
+        for key, value in dict(*args, **kw).items():
+            self[key] = value
 
-class _Found:
-    """What a penalty found, for as long as it would find the same: to look takes longer than a step on small tensors.
+    def __ior__(self, other: Any) -> ParamGroup:  # type: ignore[override,misc]
+        self.update(other)
+        return self
 
-    Args:
-        terms: what it found.
-        premises: what that depends on, beside the parameters.
-        places: where the parameters are.
-    """
+
+class _Cache:
+    """What a penalty found, while it would find the same: to look takes longer than a step on small tensors."""
 
     ASKED = attrgetter("requires_grad"), attrgetter("dtype"), attrgetter("device")
 
-    def __init__(self, terms: list[Term], premises: list[Any], places: list[tuple[dict[str, Any], str]]) -> None:
-        self.terms = terms
+    def __init__(self) -> None:
+        self.terms: list[Term] = []
         self.bundles: list[Bundle] = []
+        self._premises: list[Any] | None = None
+
+    def fill(self, terms: list[Term], premises: list[Any], places: list[tuple[dict[str, Any], str]]) -> None:
+        """Keep what was found.
+
+        Args:
+            terms: what was found.
+            premises: what that depends on, beside the parameters.
+            places: where the parameters are.
+        """
+        self.terms, self.bundles = terms, []
         self._premises = premises
         self._dicts = [parameters for parameters, _ in places]
         self._keys = [key for _, key in places]
@@ -461,17 +557,18 @@ class _Found:
 
     def holds(self, premises: list[Any]) -> bool:
         """Whether the same parameters are in the same places, and are to be judged as they were."""
+        if self._premises is None or len(premises) != len(self._premises):
+            return False
         now = list(map(dict.get, self._dicts, self._keys))
         return (
-            len(premises) == len(self._premises)
-            and all(map(is_, premises, self._premises))
+            all(map(is_, premises, self._premises))
             and all(map(is_, now, self._parameters))
             and all(all(map(eq, map(get, now), known)) for get, known in zip(self.ASKED, self._known, strict=True))
             and not any(map(hasattr, now, itertools.repeat("ds_id")))
         )
 
     def __reduce__(self) -> Any:
-        return type(None), ()  # a copy of a penalty looks for itself
+        return _Cache, ()  # a copy of a penalty looks for itself
 
 
 def checked_lam(lam: Any) -> float:
@@ -480,8 +577,8 @@ def checked_lam(lam: Any) -> float:
         way_out = "; take its .item()" if isinstance(lam, Tensor) else ""
         raise TypeError(f"lam must be a number, 0 or more and finite; {lam!r} is a {type(lam).__name__}{way_out}")
     value = float(lam)
-    if not 0 <= value < math.inf:
-        raise ValueError(f"lam must be 0 or more and finite, not {value}")
+    if not 0 <= value <= LARGEST:
+        raise ValueError(f"lam must be 0 or more and finite in float32, not {value}")
     return value
 
 
@@ -513,8 +610,16 @@ def _refuse_overlap(name: str, first: int, second: int) -> None:
 
 
 def _beside(slot: Slot, kept: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor | None:
-    """What is kept for a parameter, moved to where it is now; by its plain name if it was parametrized since."""
-    key = name if name in kept else slot.name
+    """What is kept for a parameter, moved to where it is now; by its plain name if it was parametrized since.
+
+    Raises:
+        ValueError: another parameter has taken the place of the one for which it was kept.
+    """
+    key = slot.name if name not in kept and (name == slot.name or name.endswith(".original")) else name
+    if kept and key not in kept:
+        raise ValueError(
+            f"parameter {name!r} was not there when the penalty took its center or weights; build the penalty anew"
+        )
     if key not in kept:
         return None
     kept[key] = sharding.placed_as(kept[key], parameter)

@@ -1,173 +1,313 @@
-"""Which parameters are meant: of a model, of a list of tensors, of dicts as torch.optim takes them.
-
-A parameter of a module is remembered as its owner and its name there, not as a tensor, and looked up at each use:
-moving, casting, sharding, loading with `assign=True` and parametrizing replace the tensor, and the name stays.
-"""
+"""Which parameters are meant: of a model, of a list of tensors."""
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
-import sys
-import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils import parametrize
 
-__all__ = ["Params", "Select", "Slot", "select_slots"]
+from .lookup import Slot, Structure, all_slots, refuse_flattened, spellings, tensor_slot
+from .units import MULTIPLYING, is_attention_projection, transformers_conv1d
+from .warn import warn
 
-Select = str | list[str] | tuple[str, ...] | Callable[[str, Tensor], bool]
+__all__ = ["Params", "Select", "Selection", "is_weight"]
+
+Form = str | type[nn.Module] | Callable[[str, Tensor], bool]
+Select = Form | list[Any] | tuple[Any, ...]
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
 NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+WORDS = ("weights", "all", "attention")
+ALLOWED = (
+    "'weights', 'all', a glob on parameter names, a module type, a callable (name, parameter) -> bool, or a list or "
+    "tuple of these"
+)
+
+NORM = re.compile(r"norm(?!al(?!iz))", re.IGNORECASE)  # of a class: RMSNorm, LayerNorm2d, not NormalHead
+BIAS = re.compile(r"(^|_)bias(es)?(_|\d|$)")
+TOKEN = re.compile(r"(^|_)tokens?(_|\d|$)")
+POSITION = re.compile(r"(^|_)(pos|position|positional)(_?(emb|embed|embedding|enc|encoding)s?)?(_|$)")
 
 
-class Slot:
-    """The place of one parameter: an owner and a name in it, or a tensor that the user gave as such.
+def is_weight(slot: Slot, key: str, tensor: Tensor) -> bool:
+    """Whether a careful engineer's list of decayed parameters holds it: no bias, norm scale, token or layer scale.
 
-    Attributes:
-        name: its plain qualified name: without what parametrizations add to it.
-        owner: the module that it belongs to, None for a tensor given as such.
+    Args:
+        slot: where the parameter stands.
+        key: its own name: in its module, or in the parametrization of one.
+        tensor: the parameter.
+    """
+    if slot.undecayed or getattr(tensor, "_no_weight_decay", False) or BIAS.search(slot.key):
+        return False
+    owner = slot.owner
+    if isinstance(owner, MULTIPLYING + transformers_conv1d()) and "weight" in slot.key:
+        if slot.length_of(f"{slot.key}.original1") is not None:  # weight_norm: directions, and their lengths
+            return key == "original1"
+        if f"{slot.key.removesuffix('_g')}_v" in owner._parameters:
+            return False
+        single = key in (slot.key, "original")
+        return single or _is_matrix(tensor)
+    if isinstance(owner, NORMALIZATIONS) or (owner is not None and NORM.search(type(owner).__name__)):
+        return False
+    return _is_matrix(tensor) and not TOKEN.search(slot.key) and not POSITION.search(slot.key)
+
+
+def _is_matrix(tensor: Tensor) -> bool:
+    """Whether it has 2 dimensions or more of size above 1."""
+    return sum(size > 1 for size in tensor.shape) > 1
+
+
+class Rule:
+    """What a `select` or an `exclude` means: entries of one form are alternatives, different forms must all hold.
+
+    Args:
+        given: a form, or a list or tuple of them.
+        argument: what the user calls it.
+
+    Raises:
+        TypeError: it is none of the forms.
     """
 
-    def __init__(self, name: str, owner: nn.Module | None, key: str, tensor: Tensor | None = None) -> None:
-        self.name = name
-        self.owner = owner
-        self.key = key
-        self.tensor = tensor
-        # A tensor that never had a gradient is meant as it is; a parameter without one is frozen.
-        self.can_freeze = tensor is None or isinstance(tensor, nn.Parameter) or tensor.requires_grad
-        self.select: Select | None = None  # what still has to judge a lazy parameter, once it has a shape
-        self.registered: dict[str, weakref.ref[Tensor]] = {}  # the parameters that last stood here, by name,
-        self.was_frozen: dict[str, bool] = {}  # and what is left of them where they are gone
-        self.centers: dict[str, Tensor] = {}  # what a penalty keeps for the parameters here, by name
-        self.weights: dict[str, Tensor] = {}
+    def __init__(self, given: Select, argument: str) -> None:
+        self.given = given
+        self.globs: list[str] = []
+        words: list[str] = []
+        types: list[type[nn.Module]] = []
+        functions: list[Callable[[str, Tensor], bool]] = []
+        for entry in _flat(given):
+            if isinstance(entry, str):
+                (words if entry in WORDS else self.globs).append(entry)
+            elif isinstance(entry, type) and issubclass(entry, nn.Module):
+                types.append(entry)
+            elif callable(entry) and not isinstance(entry, type | nn.Module):
+                functions.append(entry)
+            else:
+                raise TypeError(f"{argument}={given!r}: allowed are {ALLOWED}")
+        forms: list[tuple[list[Any], Callable[..., bool]]] = [
+            (words, self._by_word),
+            (self.globs, _by_glob),
+            (types, _by_type),
+            (functions, _by_function),
+        ]
+        self.conditions = [(e, holds) for e, holds in forms if e]
 
-    def read(self) -> Iterator[tuple[str, Tensor]]:
-        """The parameters that stand here now, with their qualified names, frozen ones included; none while it is lazy.
-
-        More than one where the parameter is parametrized by several (weight_norm has two).
-
-        Raises:
-            ValueError: the parameter is gone from its module, or flattened into another.
-        """
-        for name, tensor in self.tensors():
-            if isinstance(tensor, UninitializedParameter):
-                continue
-            _refuse_flattened(name, tensor)
-            if self.select is None or self.matches(self.select, name, tensor):
-                yield name, tensor
-
-    def place(self) -> tuple[dict[str, Any], str] | None:
-        """The dict and the key by which the parameter is found, for as long as the same parameter is there.
-
-        None where more has to be looked at: where it has weights or a center, and while it is lazy, parametrized, or
-        replaced for a functional call.
-        """
-        if self.weights or self.centers:
-            return None
-        if self.owner is None:
-            return self.__dict__, "tensor"
-        parameters = self.owner._parameters
-        parameter = parameters.get(self.key)
-        simple = isinstance(parameter, nn.Parameter) and not isinstance(parameter, UninitializedParameter)
-        return (parameters, self.key) if simple and self.select is None else None
-
-    def matches(self, select: Select, name: str, tensor: Tensor) -> bool:
-        """Whether `select` means the parameter `tensor`, which stands here under the qualified `name`."""
-        if callable(select):
-            return any(select(spellings(called)[-1], tensor) for called in dict.fromkeys((name, self.name)))
-        if select == "all":
+    @staticmethod
+    def _by_word(word: str, slot: Slot, key: str, name: str, tensor: Tensor) -> bool:
+        if word == "all":
             return True
-        if select == "weights":
-            return tensor.ndim >= 2 and not isinstance(self.owner, NORMALIZATIONS)
-        patterns = [select] if isinstance(select, str) else select
-        names = [*spellings(name), *spellings(self.name)]
-        return any(fnmatchcase(spelling, pattern) for pattern in patterns for spelling in names)
+        weight = is_weight(slot, key, tensor)
+        return weight and (word == "weights" or is_attention_projection(slot))
 
-    def frozen(self, name: str, tensor: Tensor) -> bool:
-        """Whether the registered parameter is frozen, even where functorch has put another tensor in its place."""
-        if self.owner is None:
-            return self.can_freeze and not tensor.requires_grad
-        if isinstance(tensor, nn.Parameter):
-            if not torch.compiler.is_compiling():
-                self.registered[name] = weakref.ref(tensor)
-                self.was_frozen[name] = not tensor.requires_grad
-            return not tensor.requires_grad
-        parameter = self.registered[name]() if name in self.registered else None
-        return self.was_frozen.get(name, False) if parameter is None else not parameter.requires_grad
-
-    def unit_dims(self, ndim: int) -> tuple[int, int]:
-        """The dimensions along which the output and the input units of a parameter here lie."""
-        return (1, 0) if ndim > 1 and isinstance(self.owner, _transposed_modules()) else (0, 1)
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All that stands here now, lazy parameters included."""
-        if self.tensor is not None:
-            yield self.name, self.tensor
-            return
-        parameter = self.owner._parameters.get(self.key)  # type: ignore[union-attr]
-        if parameter is not None:
-            yield self.name, parameter
-            return
-        if not parametrize.is_parametrized(self.owner, self.key):  # type: ignore[arg-type]
-            raise ValueError(
-                f"parameter {self.name!r} is gone from its {type(self.owner).__name__}. If FSDP1 or another wrapper "
-                "flattened it, a penalty on it would be silently wrong: shard with fully_shard (FSDP2) instead; if it "
-                "was replaced on purpose, build the penalty anew"
-            )
-        originals = self.owner.parametrizations[self.key]  # type: ignore[union-attr,index]
-        prefix = self.name[: len(self.name) - len(self.key)]
-        for key, original in originals._parameters.items():  # type: ignore[union-attr]
-            if original is not None:
-                yield f"{prefix}parametrizations.{self.key}.{key}", original
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Weak references cannot be copied; what they refer to can.
-        alive = {name: parameter for name, last in self.registered.items() if (parameter := last()) is not None}
-        was_frozen = {**self.was_frozen, **{name: not parameter.requires_grad for name, parameter in alive.items()}}
-        return {**self.__dict__, "registered": alive, "was_frozen": was_frozen}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.registered = {name: weakref.ref(parameter) for name, parameter in state["registered"].items()}
+    def matches(self, slot: Slot, key: str, name: str, tensor: Tensor) -> bool:
+        """Whether a parameter is meant."""
+        return bool(self.conditions) and all(
+            any(holds(entry, slot, key, name, tensor) for entry in entries) for entries, holds in self.conditions
+        )
 
 
-def select_slots(params: Params, select: Select | None) -> list[Slot]:
-    """The slots that `params` and `select` mean, at least one.
+def _flat(given: Any) -> Iterator[Any]:
+    if isinstance(given, list | tuple):
+        for entry in given:
+            yield from _flat(entry)
+    else:
+        yield given
+
+
+def _by_glob(glob: str, slot: Slot, key: str, name: str, tensor: Tensor) -> bool:
+    return any(fnmatchcase(spelling, glob) for called in (name, slot.name) for spelling in spellings(called))
+
+
+def _by_type(kind: type[nn.Module], slot: Slot, key: str, name: str, tensor: Tensor) -> bool:
+    return any(isinstance(module, kind) for module in slot.ancestors)
+
+
+def _by_function(function: Callable[[str, Tensor], bool], slot: Slot, key: str, name: str, tensor: Tensor) -> bool:
+    return any(function(spellings(called)[-1], tensor) for called in dict.fromkeys((name, slot.name)))
+
+
+class Selection:
+    """The parameters that `params`, `select` and `exclude` mean, at least one; of a model, as it is now.
+
+    Args:
+        params: a module, a tensor, or an iterable of tensors or of (name, tensor).
+        select: what is meant, see `Rule`; None means `default` of a module, and all of what is given as tensors.
+        exclude: what of it is not, see `Rule`.
+        default: what None means.
+
+    Attributes:
+        slots: where the parameters stand.
 
     Raises:
         TypeError: `params` is neither a module nor an iterable of tensors or of (name, tensor).
-        ValueError: nothing is selected; `select` beside tensors; a tensor that is no leaf or of integers.
+        ValueError: nothing is selected; a choice by name or type among tensors; a tensor that is no leaf or of
+            integers.
     """
-    if isinstance(params, nn.Module):
-        return _of_module(params, "weights" if select is None else select)
+
+    def __init__(
+        self, params: Params, select: Select | None, exclude: Select | None = None, default: Select = "weights"
+    ) -> None:
+        self.root = params if isinstance(params, nn.Module) else None
+        self.optimizer: torch.optim.Optimizer | None = None
+        if not isinstance(params, nn.Module):
+            self.slots = _of_tensors(params, select, exclude)
+            return
+        _refuse_scripted(params)
+        self.select = Rule(default if select is None else select, "select")
+        self.exclude = None if exclude is None else Rule(exclude, "exclude")
+        self._every: list[Slot] = []
+        self.slots = []
+        self._read()
+        if not self.slots:
+            raise ValueError(self._nothing_selected())
+        if self.exclude is not None and not self._excluded():
+            warn(f"exclude={exclude!r} matches none of the parameters of {type(params).__name__}")
+
+    def refresh(self) -> None:
+        """Look again where modules were added, replaced or taken away, or lazy parameters have got a shape.
+
+        Raises:
+            ValueError: nothing is left of the selection.
+        """
+        if self.root is None or torch.compiler.is_compiling():
+            return
+        if any(slot.judged is None for slot in self.slots):
+            self._judge()
+        if self._structure.holds():
+            return
+        had_some = bool(self.slots)
+        self._read()
+        if had_some and not self.slots:
+            raise ValueError(
+                f"none of the penalized parameters is left in the {type(self.root).__name__}, whose layers were "
+                "replaced; build the penalty anew"
+            )
+
+    def restricted_to(self, optimizer: torch.optim.Optimizer) -> Selection:
+        """Those that an optimizer owns, which may be none."""
+        self.refresh()
+        restricted = copy.copy(self)
+        restricted.optimizer = optimizer
+        restricted.slots = [slot for slot in self.slots if _owns(optimizer, slot)]
+        return restricted
+
+    def _read(self) -> None:
+        root: Any = self.root
+        known = {(slot.owner, slot.key): slot for slot in self._every}
+        every = []
+        for slot in all_slots(root):
+            old = known.pop((slot.owner, slot.key), slot)
+            old.name, old.ancestors = slot.name, slot.ancestors
+            every.append(old)
+        modules = set(root.modules())
+        # Where a parameter is gone from a module that is still there, to look it up is an error that says so.
+        gone = [slot for slot in known.values() if slot in self.slots and slot.owner in modules]
+        self._every = every + gone
+        self._structure = Structure(root)
+        self._judge()
+
+    def _judge(self) -> None:
+        """Choose among the slots. What was judged stays so: a parameter that took its place may have lost its marks."""
+        excluded = self._excluded()
+        slots = []
+        for slot in self._every:
+            if slot.is_gone():
+                slots.append(slot)
+                continue
+            tensors = list(slot.tensors())
+            for _, name, tensor in tensors:
+                refuse_flattened(name, tensor)
+            if any(isinstance(tensor, UninitializedParameter) for *_, tensor in tensors):
+                slots.append(slot)
+                continue
+            keys = {key for key, *_ in tensors}
+            new = slot.judged != keys
+            if new:
+                slot.judged = keys
+                slot.selected = {
+                    key
+                    for key, name, tensor in tensors
+                    if id(tensor) not in excluded and self.select.matches(slot, key, name, tensor)
+                }
+            if slot.selected and (self.optimizer is None or slot in self.slots or _owns(self.optimizer, slot)):
+                slots.append(slot)
+        self.slots = slots
+
+    def _excluded(self) -> set[int]:
+        """The ids of the parameters that are taken off, under whichever of their names."""
+        if self.exclude is None:
+            return set()
+        return {
+            id(tensor)
+            for slot in self._every
+            if not slot.is_gone()
+            for key, name, tensor in slot.tensors()
+            if not isinstance(tensor, UninitializedParameter) and self.exclude.matches(slot, key, name, tensor)
+        }
+
+    def _nothing_selected(self) -> str:
+        kind = type(self.root).__name__
+        names = [spellings(slot.name)[-1] for slot in self._every]
+        if not names:
+            return f"no parameters to penalize: {kind} has none"
+        near = [
+            name
+            for glob in self.select.globs
+            for name in difflib.get_close_matches(glob.replace("*", ""), names, n=3, cutoff=0.3)
+        ]
+        shown = list(dict.fromkeys(near)) or names
+        more = ", ..." if len(shown) > 8 else ""
+        less = "" if self.exclude is None else f", less exclude={self.exclude.given!r},"
+        return (
+            f"select={self.select.given!r}{less} matches none of the {len(names)} parameters of {kind}; "
+            f"{'near matches' if near else 'its parameters are'}: {', '.join(shown[:8])}{more}"
+        )
+
+
+def _owns(optimizer: torch.optim.Optimizer, slot: Slot) -> bool:
+    owned = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+    return any(id(tensor) in owned for *_, tensor in slot.tensors())
+
+
+def _refuse_scripted(root: nn.Module) -> None:
+    if any(isinstance(module, torch.jit.ScriptModule) for module in root.modules()):
+        raise TypeError(
+            f"{type(root).__name__} is scripted, and a scripted module does not say what its layers are. Give the "
+            "penalty the module that was scripted: the two share their parameters"
+        )
+
+
+def _of_tensors(params: Any, select: Select | None, exclude: Select | None) -> list[Slot]:
     if isinstance(params, Tensor):
         params = [params]
     slots = [_of_tensor(i, entry) for i, entry in enumerate(params)]
     if not slots:
         raise ValueError("no parameters to penalize: the iterable is empty (a generator that was used up?)")
-    if select is not None:
+    if select not in (None, "all", "weights") or exclude is not None:
+        given = f"select={select!r}" if exclude is None else f"exclude={exclude!r}"
         raise ValueError(
-            f"select={select!r} beside tensors: it chooses among a module's parameters by name; tensors given as such "
-            "are all taken. Give the module, or the tensors that you mean"
+            f"{given} beside tensors: it chooses among a module's parameters. Give the module; or, beside tensors, "
+            "select='weights' or 'all', or only the tensors that you mean"
         )
+    flat = [slot.name for slot in slots if not _is_matrix(slot.tensor)]  # type: ignore[arg-type]
+    if select is None and flat and len(slots) > 1:
+        warn(
+            f"biases and norm scales seem to be among the {len(slots)} tensors: {', '.join(flat[:4])}"
+            f"{', ...' if len(flat) > 4 else ''} have fewer than 2 dimensions, and are penalized like the rest. Give "
+            "the module, which leaves them out; or say select='all', or select='weights' for those with 2 or more"
+        )
+    if select == "weights":
+        slots = [slot for slot in slots if is_weight(slot, slot.key, slot.tensor)]  # type: ignore[arg-type]
+        if not slots:
+            raise ValueError("select='weights' leaves none of the tensors: all have fewer than 2 dimensions above 1")
     return slots
-
-
-def spellings(name: str) -> list[str]:
-    """The names by which a parameter can be called: as it is, and without the prefixes that wrappers add."""
-    plain = re.sub(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module)\.", r"\1", name)
-    while plain.startswith("module."):
-        plain = plain.removeprefix("module.")
-    return [name] if plain == name else [name, plain]
 
 
 def _of_tensor(index: int, entry: object) -> Slot:
@@ -184,68 +324,4 @@ def _of_tensor(index: int, entry: object) -> Slot:
         )
     if not (tensor.is_floating_point() or tensor.is_complex()):
         raise ValueError(f"tensor {name!r} has dtype {tensor.dtype}; a penalty needs floating point or complex")
-    return Slot(name, None, "", tensor)
-
-
-def _of_module(module: nn.Module, select: Select) -> list[Slot]:
-    if not callable(select) and not (isinstance(select, Collection) and all(isinstance(p, str) for p in select)):
-        raise TypeError(
-            f"select={select!r}: allowed are 'weights', 'all', a glob or a list of globs on parameter names, or a "
-            "callable (name, parameter) -> bool"
-        )
-    slots = list(_all_slots(module))
-    chosen = []
-    for slot in slots:
-        lazy = any(isinstance(tensor, UninitializedParameter) for _, tensor in slot.tensors())
-        taken = [slot.matches(select, name, tensor) for name, tensor in slot.read()]
-        if lazy or (any(taken) and not all(taken)):
-            slot.select = select
-        if lazy or any(taken):
-            chosen.append(slot)
-    if not chosen:
-        raise ValueError(_nothing_selected(module, select, slots))
-    return chosen
-
-
-def _all_slots(module: nn.Module) -> Iterator[Slot]:
-    for prefix, owner in module.named_modules():
-        if isinstance(owner, parametrize.ParametrizationList):
-            continue  # its originals are reached from the module that they parametrize
-        keys = [key for key, parameter in owner._parameters.items() if parameter is not None]
-        if parametrize.is_parametrized(owner):
-            keys += owner.parametrizations.keys()
-        for key in keys:
-            yield Slot(f"{prefix}.{key}" if prefix else key, owner, key)
-
-
-def _nothing_selected(module: nn.Module, select: Select, slots: list[Slot]) -> str:
-    names = [spellings(slot.name)[-1] for slot in slots]
-    if not names:
-        return f"no parameters to penalize: {type(module).__name__} has none"
-    patterns = [select] if isinstance(select, str) else [] if callable(select) else list(select)
-    near = [n for p in patterns for n in difflib.get_close_matches(p.replace("*", ""), names, n=3, cutoff=0.3)]
-    shown = list(dict.fromkeys(near)) or names
-    more = ", ..." if len(shown) > 8 else ""
-    return (
-        f"select={select!r} matches none of the {len(names)} parameters of {type(module).__name__}; "
-        f"{'near matches' if near else 'its parameters are'}: {', '.join(shown[:8])}{more}"
-    )
-
-
-def _refuse_flattened(name: str, tensor: Tensor) -> None:
-    if getattr(tensor, "_fsdp_flattened", False):
-        wrapper = "FSDP1"
-    elif hasattr(tensor, "ds_id"):
-        wrapper = "DeepSpeed ZeRO-3"
-    else:
-        return
-    raise ValueError(
-        f"parameter {name!r} is flattened by {wrapper}: its elements are scattered over ranks without their shape, and "
-        "a penalty on it would be silently wrong. Shard with torch.distributed.fsdp.fully_shard (FSDP2) instead"
-    )
-
-
-def _transposed_modules() -> tuple[type[nn.Module], ...]:
-    """The modules whose weights have their input units along dim 0 and their output units along dim 1."""
-    transformers = sys.modules.get("transformers.pytorch_utils")  # known only to those who imported it
-    return (_ConvTransposeNd,) if transformers is None else (_ConvTransposeNd, transformers.Conv1D)
+    return tensor_slot(name, tensor)

@@ -24,12 +24,16 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def summary_table(terms: list[Term]) -> str:
-    """A row for each term; the numbers of all rows come from the device at once."""
+    """A row for each term; the numbers of all rows come from the device at once.
+
+    Around a center, what is at its center counts as zero.
+    """
     counts, sizes = [], []
     for term in terms:
         (whole,) = Part([term], whole=True).terms
-        u, _ = whole.grouping.polar(whole.tensor)
-        numbers = [whole.value(whole.tensor), (whole.tensor == 0).sum(), (u == 0).sum()]
+        offset = whole.offset(whole.tensor)
+        u, _ = whole.grouping.polar(offset)
+        numbers = [whole.value(whole.tensor), (offset == 0).sum(), (u == 0).sum()]
         counts.append(torch.stack([number.double() for number in numbers]).to(terms[0].tensor.device))
         sizes.append(u.numel())
     unknown = [[math.nan] * 3] * len(counts)  # on the meta device

@@ -36,6 +36,7 @@ class Term:
         factor: multiplies lambda.
         weights: non-negative factors on lambda that broadcast to the magnitudes, or None for 1.
         center: the point from which the tensor is measured, or None for the origin.
+        length: where weight_norm takes a weight apart, and the tensor is the directions: the parameter of the lengths.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Term:
     factor: float = 1.0
     weights: Tensor | None = None
     center: Tensor | None = None
+    length: Tensor | None = None
 
     @property
     def lam(self) -> float:
@@ -269,4 +271,9 @@ def check_grad(terms: list[Term]) -> None:
         if not term.kind.has_grad():
             raise ValueError(
                 f"{type(term.kind).__name__} has no gradient that could lead anywhere; use mode='proximal' or 'dual'"
+            )
+        if term.kind.positive:
+            raise ValueError(
+                f"{type(term.kind).__name__}(positive=True) keeps weights from becoming negative by its prox, which a "
+                "gradient cannot do; use mode='proximal' or 'dual'"
             )

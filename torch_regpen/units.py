@@ -1,0 +1,193 @@
+"""What a unit of a layer is: where its output and its input units, and its heads, lie in its weights.
+
+A unit belongs to the layer, not to the tensor: an input channel of a grouped convolution lies in the filters that read
+it, a unit of an LSTM in the rows of all its gates, a head of a fused projection in q, k and v.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from .groups import Grouping, Groups, Heads, Slices, Units, resolve
+from .lookup import Slot
+
+__all__ = ["MULTIPLYING", "grouping_of", "is_attention_projection", "transformers_conv1d"]
+
+# Layers that multiply their input with their weights.
+MULTIPLYING: tuple[type[nn.Module], ...] = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+    _ConvNd,
+)
+
+GATES = {nn.LSTM: 4, nn.LSTMCell: 4, nn.GRU: 3, nn.GRUCell: 3}
+
+ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
+# Projections of attention, by the names that torch, timm and transformers give them: how many heads' parts are stacked
+# in the rows of one tensor, 0 where they lie head by head.
+PROJECTIONS = {
+    **dict.fromkeys(("q", "k", "v", "query", "key", "value", "to_q", "to_k", "to_v", "q_attn"), 1),
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "q_lin", "k_lin", "v_lin"), 1),
+    **dict.fromkeys(("query_proj", "key_proj", "value_proj", "linear_q", "linear_k", "linear_v"), 1),
+    **dict.fromkeys(("q_proj_weight", "k_proj_weight", "v_proj_weight"), 1),
+    **dict.fromkeys(("kv", "kv_proj", "to_kv"), 2),
+    **dict.fromkeys(("qkv", "qkv_proj", "to_qkv", "Wqkv", "c_attn", "in_proj_weight"), 3),
+    "query_key_value": 0,
+}
+QUERIES = ("q", "query", "to_q", "q_proj", "q_lin", "query_proj", "linear_q")
+SHARED = ("k", "v", "key", "value", "to_k", "to_v", "k_proj", "v_proj", "k_lin", "v_lin", "key_proj", "value_proj")
+OUTPUTS = ("out_proj", "o_proj", "proj", "c_proj", "o", "dense", "out_lin", "to_out", "linear_out")
+
+
+def grouping_of(groups: Groups | None, slot: Slot, shape: torch.Size, scale: bool = True) -> Grouping:
+    """The grouping that a user's `groups` means for a parameter of this shape that stands in `slot`.
+
+    Raises:
+        ValueError, TypeError: as `torch_regpen.groups.resolve`; heads that are not those of the layer.
+    """
+    if isinstance(groups, Heads):
+        return _heads(groups, slot, shape, scale)
+    if groups in ("output", "input") and isinstance(groups, str):
+        return _units(slot, shape, groups == "input", scale)
+    return resolve(groups, scale=scale)
+
+
+def transformers_conv1d() -> tuple[type[nn.Module], ...]:
+    """The Conv1D of transformers, whose weight is (inputs, outputs); nothing where nobody has imported it."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    return () if module is None else (module.Conv1D,)
+
+
+def _units(slot: Slot, shape: torch.Size, inputs: bool, scale: bool) -> Grouping:
+    owner: Any = slot.owner
+    if isinstance(owner, _ConvNd) and owner.groups > 1 and len(shape) > 2:
+        # Within each group of channels; the dimension over all filters is cut into the groups.
+        transposed = isinstance(owner, _ConvTransposeNd)
+        if inputs != transposed:
+            view = (owner.groups, shape[0] // owner.groups, *shape[1:])
+            return Units(view, (0, 2), scale=scale)
+        return Slices(0, scale=scale)
+    gates = next((n for kind, n in GATES.items() if isinstance(owner, kind)), 1)
+    if gates > 1 and not inputs and slot.key.startswith(("weight_ih", "weight_hh")):
+        return Units((gates, shape[0] // gates, *shape[1:]), (1,), scale=scale)
+    if len(shape) == 3 and _holds_experts(slot):
+        return Units(tuple(shape), (0, 2 if inputs != _transposed_experts(slot, shape) else 1), scale=scale)
+    flipped = len(shape) > 1 and isinstance(owner, (_ConvTransposeNd, *transformers_conv1d()))
+    return Slices(int(inputs != flipped), scale=scale)
+
+
+def _holds_experts(slot: Slot) -> bool:
+    """Whether a raw parameter is a stack of the weights of experts."""
+    return slot.owner is not None and "expert" in (type(slot.owner).__name__ + slot.name.rpartition(".")[0]).lower()
+
+
+def _transposed_experts(slot: Slot, shape: torch.Size) -> bool:
+    """Whether experts are (inputs, outputs): as their module says, else as the shapes of its weights fit each other."""
+    owner: Any = slot.owner
+    says = getattr(owner, "is_transposed", None)
+    if isinstance(says, bool):
+        return says
+    up, down = (owner._parameters.get(key) for key in ("gate_up_proj", "down_proj"))
+    if up is None or down is None:
+        return False
+    # gate and up are stacked along the outputs, twice as many as the inputs of down
+    return bool(up.shape[2] == 2 * down.shape[1] and up.shape[1] != 2 * down.shape[2])
+
+
+def is_attention_projection(slot: Slot) -> bool:
+    """Whether a parameter projects to the queries, keys or values of an attention layer."""
+    return _projection(slot) in PROJECTIONS and _in_attention(slot)
+
+
+def _projection(slot: Slot) -> str:
+    """The name of the layer that a weight is of, or the weight's own in a layer of several."""
+    parts = slot.name.split(".")
+    return parts[-1] if slot.key != "weight" or len(parts) < 2 else parts[-2]
+
+
+def _in_attention(slot: Slot) -> bool:
+    names = slot.name.split(".")[:-1]
+    return any(map(ATTENTION.search, [*names, *(type(module).__name__ for module in slot.ancestors)]))
+
+
+def _heads(heads: Heads, slot: Slot, shape: torch.Size, scale: bool) -> Grouping:
+    heads = Heads(heads.n, heads.dim, scale=heads.scale and scale)
+    name = _projection(slot)
+    if slot.owner is None or len(shape) < 2 or name not in (*PROJECTIONS, *OUTPUTS) or not _in_attention(slot):
+        return heads
+    along = 1 if isinstance(slot.owner, transformers_conv1d()) else 0
+    if name in OUTPUTS:  # its inputs are what the heads put out
+        along = 1 - along
+    if heads.dim is not None and heads.dim % len(shape) != along:
+        return heads
+    layer = _Attention(slot)
+    layer.check(heads.n)
+    rows, inputs = shape[along], shape[1 - along]
+    if PROJECTIONS.get(name, 1) != 1:
+        before, n = layer.stacked(PROJECTIONS[name], heads.n, rows, inputs)
+    else:
+        before, n = 1, layer.shared_heads(heads.n, rows) if name in SHARED else heads.n
+    if rows % (before * n):
+        raise ValueError(f"{n} heads do not divide dimension {along} of a tensor of shape {tuple(shape)}")
+    view = (*shape[:along], before, n, rows // (before * n), *shape[along + 1 :])
+    return Units(view, (along + 1,), scale=heads.scale)
+
+
+class _Attention:
+    """What the attention layer around a projection says of its heads.
+
+    Args:
+        slot: a weight of the projection.
+    """
+
+    def __init__(self, slot: Slot) -> None:
+        self.modules = list(reversed(slot.ancestors))
+        self.heads = self._number("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead")
+        self.size = self._number("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
+        parent = slot.ancestors[-2] if len(slot.ancestors) > 1 else slot.ancestors[-1]
+        queries = (parent._modules.get(key) for key in QUERIES)
+        weights = (getattr(query, "weight", None) for query in queries)
+        self.query_rows = next((len(w) for w in weights if isinstance(w, torch.Tensor) and w.ndim > 1), None)
+
+    def _number(self, *names: str) -> int | None:
+        """The first of these attributes of the innermost module, or of its config, that has any."""
+        for module in self.modules:
+            for source in (module, getattr(module, "config", None)):
+                for name in names:
+                    value = getattr(source, name, None)
+                    if isinstance(value, int) and value > 0:
+                        return value
+        return None
+
+    def check(self, n: int) -> None:
+        """Raise `ValueError` where the layer has another number of heads."""
+        if self.heads not in (None, n):
+            raise ValueError(f"Heads({n}) on a layer of {self.heads} heads; give each layer its own with select=")
+
+    def shared_heads(self, n: int, rows: int) -> int:
+        """The number of heads of a key or value projection, which several queries may share."""
+        if self.query_rows is None or rows * n % self.query_rows:
+            return n
+        return rows * n // self.query_rows
+
+    def stacked(self, parts: int, n: int, rows: int, inputs: int) -> tuple[int, int]:
+        """How many parts of `n` heads are stacked: of q, k and v, of k and v, or one where they lie head by head."""
+        size = self.size if self.size is not None else inputs // n
+        found = 2 if parts == 3 and rows == 2 * n * size and self._number("is_cross_attention") else parts or 3
+        if rows != found * n * size:
+            raise ValueError(
+                f"{rows} outputs are not {found} times {n} heads of {size}: queries share keys and values here, or the "
+                "heads lie in an order that is not known. Leave the parameter out with select= or exclude="
+            )
+        return (found if parts else 1), n

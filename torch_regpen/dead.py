@@ -13,7 +13,7 @@ from .groups import Grouping, NormGrouping, Slices, WholeTensor, working_dtype
 from .lookup import Slot
 from .penalty import Penalty
 from .selection import Select, Selection
-from .units import grouping_of
+from .units import grouping_of, recurrent_partner
 
 __all__ = ["Place", "places", "zero_groups"]
 
@@ -37,6 +37,19 @@ class Place(NamedTuple):
     def outputs(self) -> Grouping:
         """A group for each of its output units."""
         return grouping_of("output", self.slots[0], self.tensor.shape)
+
+    def dead(self, grouping: Grouping | None = None) -> Tensor:
+        """A bool for each unit: whether its weights are all exactly zero. Units are the output units, or `grouping`."""
+        w, slot = self.tensor, self.slots[0]
+        length = slot.length_of(self.name)
+        if length is not None:  # weight_norm: where the length is zero, the weight is
+            w = w.masked_fill(length == 0, 0)
+        if grouping is not None:
+            return zero_groups(w, grouping)
+        dead = zero_groups(w, self.outputs)
+        other = recurrent_partner(slot)
+        # A unit of a recurrent layer lives on what comes from the input, or from the step before.
+        return dead if other is None else dead & zero_groups(other, grouping_of("output", slot, other.shape))
 
 
 def places(source: Penalty | nn.Module, select: Select | None = None, default: Select = "all") -> list[Place]:

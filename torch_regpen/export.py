@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import prune
 
-from .dead import Place, places, zero_groups
+from .dead import Place, places
+from .groups import Grouping
 from .penalty import Penalty
 from .selection import Select
 
@@ -23,8 +24,10 @@ INDEX_BYTES = 4  # of a position in compressed sparse row format
 def dead_units(penalty_or_model: Penalty | nn.Module, *, select: Select | None = None) -> dict[str, list[int]]:
     """The output units whose incoming weights are all exactly zero: `{parameter name: [unit, ...]}`.
 
-    Units are neurons, filters, rows of an embedding. A parameter with no dead units is left out, and so is one of fewer
-    than 2 dimensions.
+    Units are neurons, filters, rows of an embedding; of an LSTM or GRU, what has zeros in the rows of all gates, from
+    the input and from the step before; of stacked experts, the units of the first, then of the second. Of a penalty
+    over input units (`groups="input"`) they are the input units, which nothing reads. A parameter with no dead units is
+    left out, and so is one of fewer than 2 dimensions.
 
     A dead unit is not silent: it goes on to emit its bias. Before such units are taken out, by Torch-Pruning say, that
     constant must be moved into the bias of the layer that follows, as `examples/export_pruned.py` does. Masks of
@@ -39,10 +42,15 @@ def dead_units(penalty_or_model: Penalty | nn.Module, *, select: Select | None =
         TypeError: given neither a penalty nor a model.
         ValueError: `select` matches nothing, or is given beside a penalty.
     """
+    inputs: dict[str, Grouping] = {}
+    if isinstance(penalty_or_model, Penalty):
+        for term in penalty_or_model.terms(frozen=True):
+            if term.grouped and (term.kind.groups == "input" or isinstance(term.kind.groups, int)):
+                inputs.setdefault(term.name, term.grouping)
     found = {}
     for place in places(penalty_or_model, select, default="weights"):
         if place.tensor.ndim > 1:
-            found[place.name] = zero_groups(place.tensor, place.outputs).nonzero().flatten().tolist()
+            found[place.name] = place.dead(inputs.get(place.name)).nonzero().flatten().tolist()
     return {name: units for name, units in found.items() if units}
 
 

@@ -190,7 +190,8 @@ class Penalty(nn.Module):
 
     def _premises(self) -> list[Any]:
         """What `terms` depends on, beside the parameters: the penalty's attributes, and what is selected."""
-        return [*vars(self).values(), *self.param_groups, *(selection.slots for selection in self._selections)]
+        attributes = (value for name, value in vars(self).items() if name != "_cache")
+        return [*attributes, *self.param_groups, *(selection.slots for selection in self._selections)]
 
     def _places(self) -> list[tuple[dict[str, Any], str]] | None:
         """Where the parameters are found; None where `terms` depends on more than what is there."""
@@ -253,7 +254,6 @@ class Penalty(nn.Module):
         for terms in by_tensor(self.terms()):
             yield terms[0].name, terms[0].tensor
 
-    @torch.jit.unused
     def forward(self, input: Any = None) -> Any:
         """`sum lam * Omega(w)` over all penalized parameters, a 0-dim tensor to add to the loss.
 
@@ -372,6 +372,12 @@ class Penalty(nn.Module):
         return scaled
 
     __rmul__ = __mul__
+
+    def __prepare_scriptable__(self) -> Any:
+        raise TypeError(
+            "a model that has a penalty as a part cannot be scripted: take the penalty out of it first, or use "
+            "torch.compile or torch.export"
+        )
 
     def extra_repr(self) -> str:
         """What stands between the brackets of its repr."""

@@ -24,7 +24,7 @@ from .terms import Bundle, Term, pieces, separable
 if TYPE_CHECKING:
     from .penalty import Penalty
 
-__all__ = ["Sized", "Step", "check_prox", "decay_", "limit", "one_step", "prox", "prox_"]
+__all__ = ["Sized", "Step", "check_prox", "decay_", "limit", "one_step", "prox", "prox_", "zero_lengths_"]
 
 NEWTON_STEPS = 16  # of the root search; 13 were the most that any of 800,000 groups, made to be hard, needed
 
@@ -69,14 +69,15 @@ def prox_(bundle: Bundle, steps: Sequence[Sized]) -> None:
             multi_tensor.soft_threshold_(bundle.tensors, step.size * linear)
         if quadratic:
             multi_tensor.mul_(bundle.tensors, 1 / (1 + step.size * (2 * quadratic)))
-        return
-    for terms, step in zip(bundle.each, steps, strict=True):
-        terms = [term for term in terms if not term.off]
-        if _prox_along_rays_(terms, step):
-            continue
-        for some, take in pieces(terms):
-            part = step.part(take)
-            some[0].tensor.copy_(prox(some, part.size, part.cap))
+    else:
+        for terms, step in zip(bundle.each, steps, strict=True):
+            terms = [term for term in terms if not term.off]
+            if _prox_along_rays_(terms, step):
+                continue
+            for some, take in pieces(terms):
+                part = step.part(take)
+                some[0].tensor.copy_(prox(some, part.size, part.cap))
+    zero_lengths_(bundle)
 
 
 def _prox_along_rays_(terms: list[Term], step: Sized) -> bool:
@@ -107,10 +108,24 @@ def decay_(bundle: Bundle, step: float | Tensor) -> None:
             multi_tensor.mul_(bundle.tensors, factor.clamp_min(0) if isinstance(factor, Tensor) else max(factor, 0.0))
         if linear:
             multi_tensor.soft_threshold_(bundle.tensors, step * linear)
-        return
-    for terms in bundle.each:
-        for some, _ in pieces([term for term in terms if not term.off]):
-            some[0].tensor.copy_(decayed(some, step))
+    else:
+        for terms in bundle.each:
+            for some, _ in pieces([term for term in terms if not term.off]):
+                some[0].tensor.copy_(decayed(some, step))
+    zero_lengths_(bundle)
+
+
+def zero_lengths_(bundle: Bundle) -> None:
+    """Where the directions of a weight under weight_norm have become zero, make the length zero in their place.
+
+    The weight is `length * direction / ||direction||`, which is 0/0 at a direction of zero. A short one is left.
+    """
+    for terms in bundle.normalized:
+        direction, length = terms[0].tensor, terms[0].length
+        dims = [dim for dim in range(direction.ndim) if length.shape[dim] == 1]  # type: ignore[union-attr]
+        zero = direction.abs().amax(dims, keepdim=True) == 0
+        length.masked_fill_(zero, 0)  # type: ignore[union-attr]
+        direction.masked_fill_(zero, torch.finfo(direction.dtype).tiny ** 0.25)
 
 
 def check_prox(terms: list[Term], per_coordinate: bool = False) -> None:

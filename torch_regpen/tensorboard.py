@@ -168,7 +168,7 @@ class WeightLogger:
         if not isinstance(self.source, Penalty):
             return found
         groups: dict[int, Grouping | None] = {}  # of those that are not frozen
-        for term in self.source.terms():
+        for term in self.source.terms() or self.source.terms(frozen=True):
             if groups.get(id(term.tensor)) is None:
                 groups[id(term.tensor)] = None if isinstance(term.grouping, Elements) else term.grouping
         return {name: (w, groups[id(w)] or outputs) for name, (w, outputs) in found.items() if id(w) in groups}

@@ -179,6 +179,11 @@ class Bundle:
         """Whether the terms do nothing at the present lambda."""
         return all(term.off for term in self.terms)
 
+    @property
+    def normalized(self) -> list[list[Term]]:
+        """The terms of those tensors that are the directions of weights under weight_norm; these are never packed."""
+        return self.each if self.terms[0].length is not None else []
+
     def part(self, indices: list[int]) -> Bundle:
         """Those of its tensors."""
         if len(indices) == len(self.tensors):
@@ -207,7 +212,7 @@ def bundles(terms: Iterable[Term], owners: dict[int, dict[str, Any]] | None = No
         w = of_tensor[0].tensor
         group = owners[id(w)] if owners is not None else {}
         key: Any = id(w)
-        if all(term.plain for term in of_tensor):
+        if all(term.plain and term.length is None for term in of_tensor):
             key = (owners and id(group), *((id(term.kind), id(term.group), term.factor) for term in of_tensor))
         bundle = alike.setdefault(key, Bundle([], [], group))
         bundle.each.append(of_tensor)

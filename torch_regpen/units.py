@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from .groups import Grouping, Groups, Heads, Slices, Units, resolve
 from .lookup import Slot
 
-__all__ = ["MULTIPLYING", "grouping_of", "is_attention_projection", "transformers_conv1d"]
+__all__ = ["MULTIPLYING", "grouping_of", "is_attention_projection", "recurrent_partner", "transformers_conv1d"]
 
 # Layers that multiply their input with their weights.
 MULTIPLYING: tuple[type[nn.Module], ...] = (
@@ -85,6 +85,17 @@ def _units(slot: Slot, shape: torch.Size, inputs: bool, scale: bool) -> Grouping
         return Units(tuple(shape), (0, 2 if inputs != _transposed_experts(slot, shape) else 1), scale=scale)
     flipped = len(shape) > 1 and isinstance(owner, (_ConvTransposeNd, *transformers_conv1d()))
     return Slices(int(inputs != flipped), scale=scale)
+
+
+def recurrent_partner(slot: Slot) -> torch.Tensor | None:
+    """The other matrix of a recurrent layer that leads to the same units: from the input, or from the step before."""
+    if not isinstance(slot.owner, nn.RNNBase | nn.RNNCellBase):
+        return None
+    for one, other in (("weight_ih", "weight_hh"), ("weight_hh", "weight_ih")):
+        if slot.key.startswith(one):
+            partner: torch.Tensor = getattr(slot.owner, slot.key.replace(one, other))
+            return partner.detach()
+    return None
 
 
 def _holds_experts(slot: Slot) -> bool:

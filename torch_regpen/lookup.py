@@ -9,6 +9,7 @@ import re
 import weakref
 from collections.abc import Iterator
 from fnmatch import translate
+from operator import is_
 from typing import Any
 
 import torch
@@ -126,18 +127,22 @@ class Slot:
             if original is not None:
                 yield key, f"{prefix}parametrizations.{self.key}.{key}", original
 
-    def length_of(self, name: str) -> Tensor | None:
-        """The lengths beside the directions `name`, where weight_norm takes a weight apart into the two."""
+    def under_weight_norm(self) -> bool:
+        """Whether weight_norm takes a weight apart here, into directions and their lengths."""
         owner: Any = self.owner
-        if owner is None:
+        if self.key.endswith(("_v", "_g")):  # torch.nn.utils.weight_norm
+            return {self.key[:-1] + "v", self.key[:-1] + "g"} <= owner._parameters.keys()
+        parametrized = owner is not None and parametrize.is_parametrized(owner, self.key)
+        return bool(parametrized and isinstance(owner.parametrizations[self.key][0], _WeightNorm))
+
+    def length_of(self, name: str) -> Tensor | None:
+        """The lengths beside the directions `name`, where weight_norm takes a weight apart; else None."""
+        owner: Any = self.owner
+        if owner is None or not name.endswith(("_v", ".original1")) or not self.under_weight_norm():
             return None
-        if self.key.endswith("_v"):  # torch.nn.utils.weight_norm
-            length: Tensor | None = owner._parameters.get(self.key.removesuffix("_v") + "_g")
-            return length
-        if not name.endswith(".original1") or not parametrize.is_parametrized(owner, self.key):
-            return None
-        originals = owner.parametrizations[self.key]
-        return originals.original0 if isinstance(originals[0], _WeightNorm) else None
+        old = name.endswith("_v")
+        length: Tensor = owner._parameters[self.key[:-1] + "g"] if old else owner.parametrizations[self.key].original0
+        return length
 
     def __getstate__(self) -> dict[str, Any]:
         # Weak references cannot be copied; what they refer to can.
@@ -169,9 +174,7 @@ class Structure:
     def holds(self) -> bool:
         """Whether the same modules are in the same places, each with as many parameters as before."""
         now = map(dict.get, self._parents, self._keys)
-        return list(map(len, self._dicts)) == self._lengths and all(
-            a is b for a, b in zip(now, self._children, strict=True)
-        )
+        return list(map(len, self._dicts)) == self._lengths and all(map(is_, now, self._children))
 
 
 def all_slots(root: nn.Module) -> Iterator[Slot]:

@@ -84,6 +84,7 @@ def _value(bundle: Bundle) -> Tensor:
     differentiable = torch.is_grad_enabled() and any(w.requires_grad for w in ws)
     if differentiable:
         _mark(bundle)
+        check_grad(bundle.terms)
     if bundle.plain or not differentiable:
         return _Value.forward(bundle, *ws)  # the compiler differentiates it as well
     return _Value.apply(bundle, *ws)  # type: ignore[no-any-return, no-untyped-call]
@@ -116,6 +117,7 @@ class _EagerValue(_Value):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         _mark(ctx.bundle)
+        check_grad(ctx.bundle.terms)
         g = sharding.everywhere(g)  # the loss that it was added to may be a DTensor
         ws = ctx.saved_tensors
         differentiated = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()

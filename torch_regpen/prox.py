@@ -122,8 +122,8 @@ def zero_lengths_(bundle: Bundle) -> None:
     """
     for terms in bundle.normalized:
         direction, length = terms[0].tensor, terms[0].length
-        dims = [dim for dim in range(direction.ndim) if length.shape[dim] == 1]  # type: ignore[union-attr]
-        zero = direction.abs().amax(dims, keepdim=True) == 0
+        dims = [dim for dim in range(direction.ndim) if length.ndim == 0 or length.shape[dim] == 1]  # type: ignore[union-attr]
+        zero = direction.abs().amax(dims, keepdim=True).reshape(length.shape) == 0  # type: ignore[union-attr]
         length.masked_fill_(zero, 0)  # type: ignore[union-attr]
         direction.masked_fill_(zero, torch.finfo(direction.dtype).tiny ** 0.25)
 

@@ -49,12 +49,9 @@ def is_weight(slot: Slot, key: str, tensor: Tensor) -> bool:
         return False
     owner = slot.owner
     if isinstance(owner, MULTIPLYING + transformers_conv1d()) and "weight" in slot.key:
-        if slot.length_of(f"{slot.key}.original1") is not None:  # weight_norm: directions, and their lengths
-            return key == "original1"
-        if f"{slot.key.removesuffix('_g')}_v" in owner._parameters:
-            return False
-        single = key in (slot.key, "original")
-        return single or _is_matrix(tensor)
+        if slot.under_weight_norm():  # the directions are the weight, the lengths their scales
+            return key == "original1" or slot.key.endswith("_v")
+        return key in (slot.key, "original") or _is_matrix(tensor)
     if isinstance(owner, NORMALIZATIONS) or (owner is not None and NORM.search(type(owner).__name__)):
         return False
     return _is_matrix(tensor) and not TOKEN.search(slot.key) and not POSITION.search(slot.key)
@@ -202,9 +199,11 @@ class Selection:
         root: Any = self.root
         known = {(slot.owner, slot.key): slot for slot in self._every}
         every = []
+        weights = {slot.name: slot.weights for slot in self._every}
         for slot in all_slots(root):
             old = known.pop((slot.owner, slot.key), slot)
             old.name, old.ancestors = slot.name, slot.ancestors
+            old.weights = old.weights or weights.get(slot.name, {})  # these go by the name, whatever the layer
             every.append(old)
         modules = set(root.modules())
         # Where a parameter is gone from a module that is still there, to look it up is an error that says so.

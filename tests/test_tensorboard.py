@@ -575,3 +575,25 @@ def test_something_that_is_neither_penalty_nor_model_is_refused(source):
 def test_every_must_be_a_positive_int(every, error):
     with pytest.raises(error, match=rf"every={every}.*int, 1 or more"):
         WeightLogger(None, nn.Linear(2, 2), every=every)
+
+
+def test_a_frozen_copy_shows_on_the_board(tmp_path):
+    model = nn.Linear(4, 2)
+    with torch.no_grad():
+        model.weight[0] = 0
+    penalty = L1(model.requires_grad_(False), 0.1)
+    board = Board(tmp_path)
+    WeightLogger(board.writer, penalty).step()
+    assert board.scalar("sparsity/weight") == 0.5
+    assert "weights/weight" in board.tags()
+
+
+def test_around_a_center_zeros_are_what_is_at_the_center(tmp_path):
+    model = nn.Linear(4, 2)
+    penalty = GroupLasso(model, 0.1, center="initial")
+    with torch.no_grad():
+        model.weight[0, 0] += 1
+    board = Board(tmp_path)
+    WeightLogger(board.writer, penalty).step()
+    assert board.scalar("sparsity/weight") == board.scalar("sparsity/total") == 7 / 8
+    assert board.scalar("dead_groups/weight") == 0.5

@@ -18,6 +18,7 @@ from .dead import places, zero_groups
 from .groups import Elements, Grouping
 from .penalty import Penalty
 from .selection import Select
+from .sharding import everywhere
 from .tally import histogram, tally
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ class WeightLogger:
       `sparsity/NAME`, the fraction of its elements that are exactly zero, from 0 to 1; `dead_groups/NAME`, the fraction
       of its groups that are zero throughout (the groups of the penalty, of a sum the first that has any; else, of
       parameters with 2 dimensions or more, the output units: neurons, filters, rows of an embedding); and, where there
-      are any, `nonfinite/NAME`, how many elements are NaN or infinite;
+      are any, `nonfinite/NAME`, how many elements are NaN or infinite. Of a penalty with a center, what is exactly at
+      its center counts as zero;
     - over all these parameters, `sparsity/total`, and `norm/l1` and `norm/l2` of the finite elements;
     - of a penalty, `penalty/value`, what `penalty()` returns, and `penalty/lam`; if it has several parameter groups or
       is a sum, `penalty/lam/0`, `penalty/lam/1`, ..., in their order; `penalty/ratio`, if `step()` gets the loss; and
@@ -136,16 +138,19 @@ class WeightLogger:
             if number is not None:
                 rows[name] = self._checked(name, number)
         meant = self._meant()
-        for name, (w, groups) in meant.items():
+        for name, (w, groups, center) in meant.items():
             if self.writer is not None or isinstance(w, DTensor):
                 rows[f"weights/{name}"] = tally(w)
+                offset = w if center is None else w - center
+                if center is not None:
+                    rows[f"zeros/{name}"] = everywhere((offset == 0).sum()).reshape(1)
                 if groups is not None and w.numel():
-                    rows[f"dead_groups/{name}"] = zero_groups(w, groups).float().mean().reshape(1)
+                    rows[f"dead_groups/{name}"] = zero_groups(offset, groups).float().mean().reshape(1)
         if self.writer is not None and meant:
             like = rows[f"weights/{name}"]
             numbers = torch.cat([row.to(like) for row in rows.values()]).cpu()  # the one transfer
             split = numbers.split_with_sizes([len(row) for row in rows.values()])
-            named = {name: w for name, (w, _) in meant.items()}
+            named = {name: w for name, (w, *_) in meant.items()}
             _write(self.writer, step, lams, named, dict(zip(rows, split, strict=True)))
 
     def _checked(self, name: str, number: float | Tensor) -> Tensor:
@@ -159,19 +164,28 @@ class WeightLogger:
             )
         return number.reshape(1)
 
-    def _meant(self) -> dict[str, tuple[Tensor, Grouping | None]]:
-        """The parameters that are meant now, by their names on the board, and the groups of each that may be dead."""
-        found: dict[str, tuple[Tensor, Grouping | None]] = {
-            place.name: (place.tensor, place.outputs if place.tensor.ndim > 1 else None)
+    def _meant(self) -> dict[str, tuple[Tensor, Grouping | None, Tensor | None]]:
+        """The parameters that are meant now, by their names on the board, the groups that may be dead, and the center.
+
+        Frozen parameters are not, unless all are, as those of an averaged model.
+        """
+        found: dict[str, tuple[Tensor, Grouping | None, Tensor | None]] = {
+            place.name: (place.tensor, place.outputs if place.tensor.ndim > 1 else None, None)
             for place in places(self.source, self.select)
         }
         if not isinstance(self.source, Penalty):
             return found
-        groups: dict[int, Grouping | None] = {}  # of those that are not frozen
+        groups: dict[int, Grouping | None] = {}
+        centers: dict[int, Tensor | None] = {}
         for term in self.source.terms() or self.source.terms(frozen=True):
             if groups.get(id(term.tensor)) is None:
                 groups[id(term.tensor)] = None if isinstance(term.grouping, Elements) else term.grouping
-        return {name: (w, groups[id(w)] or outputs) for name, (w, outputs) in found.items() if id(w) in groups}
+            centers[id(term.tensor)] = term.center
+        return {
+            name: (w, groups[id(w)] or outputs, centers[id(w)])
+            for name, (w, outputs, _) in found.items()
+            if id(w) in groups
+        }
 
 
 def _write(
@@ -192,13 +206,14 @@ def _write(
         row = numbers[f"weights/{name}"]
         counts, (total, modulus, square, highest, negated) = row[:-5], row[-5:].tolist()
         nonfinite = counts[len(counts) // 2].item()
+        zero = numbers.get(f"zeros/{name}", counts[:1]).item()
         if w.numel():
-            scalars[f"sparsity/{name}"] = counts[0].item() / w.numel()
+            scalars[f"sparsity/{name}"] = zero / w.numel()
         if f"dead_groups/{name}" in numbers:
             scalars[f"dead_groups/{name}"] = numbers[f"dead_groups/{name}"].item()
         if nonfinite:
             scalars[f"nonfinite/{name}"] = nonfinite
-        zeros, elements = zeros + counts[0].item(), elements + w.numel()
+        zeros, elements = zeros + zero, elements + w.numel()
         l1, squares = l1 + modulus, squares + square
         if w.numel() > nonfinite:
             limits, bins = histogram(counts, w.dtype)

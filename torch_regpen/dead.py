@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
 
 from . import sharding
 from .groups import Grouping, NormGrouping, Slices, WholeTensor, working_dtype
 from .penalty import Penalty
 from .selection import Select, Slot, select_slots
+from .sharding import DTensor, Partial
 
 __all__ = ["Place", "places", "zero_groups"]
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import prune
 
 from .dead import Place, places, zero_groups
 from .penalty import Penalty
 from .selection import Select
+from .sharding import DTensor
 
 __all__ = ["dead_units", "prune_masks", "sparse_state_dict"]
 

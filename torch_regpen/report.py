@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from .dead import zero_groups
 from .export import sparse_bytes
 from .groups import Slices
+from .sharding import DTensor
 from .summary import aligned
 
 __all__ = ["load_tensors", "report"]

@@ -16,7 +16,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.utils import parametrizations, prune
 
 from torch_regpen import L1, GroupLasso
-from torch_regpen.export import dead_units, prune_masks, sparse_state_dict
+from torch_regpen.export import dead_units, load_sparse_state_dict, prune_masks, sparse_state_dict
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "export_pruned.py"
 
@@ -258,6 +258,61 @@ def test_a_sparse_file_is_smaller_and_loads_into_the_model(tmp_path):
     other = nn.Sequential(nn.Linear(200, 300), nn.BatchNorm1d(300), nn.Linear(300, 10))
     other.load_state_dict({name: w.to_dense() for name, w in state.items()})
     assert all(torch.equal(w, other.state_dict()[name]) for name, w in model.state_dict().items())
+
+
+class Versioned(nn.Module):
+    """A module whose state dict has changed since its first version, and holds what is no tensor."""
+
+    _version = 2
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.zeros(20, 20))
+        self.found = None
+
+    def get_extra_state(self):
+        return {"note": "extra"}
+
+    def set_extra_state(self, state):
+        self.found = state
+
+    def _load_from_state_dict(self, state, prefix, metadata, *args):
+        assert metadata.get("version") == 2
+        super()._load_from_state_dict(state, prefix, metadata, *args)
+
+
+@pytest.mark.parametrize("way", ["as it is", "through a file"])
+def test_a_sparse_state_dict_loads_into_a_model_that_is_trained_on(way, tmp_path, recwarn):
+    def make():
+        model = nn.Sequential(nn.Linear(30, 20), nn.BatchNorm1d(20), Versioned())
+        return model.double()
+
+    model, other = make(), make()
+    with torch.no_grad():
+        model[0].weight.mul_(torch.rand(20, 30) < 0.1)
+    state = sparse_state_dict(model)
+    assert state["0.weight"].layout == torch.sparse_csr
+    if way == "through a file":
+        torch.save(state, tmp_path / "model.pt")
+        state = torch.load(tmp_path / "model.pt", weights_only=True)
+    weight, names = other[0].weight, list(state)
+    recwarn.clear()
+    load_sparse_state_dict(other, state)
+    assert not recwarn.list
+    assert other[0].weight is weight
+    assert other[2].found == {"note": "extra"}
+    for name in ("0.weight", "0.bias", "1.running_mean", "2.mask"):
+        assert torch.equal(other.state_dict()[name], model.state_dict()[name])
+    assert (list(state), state["0.weight"].layout) == (names, torch.sparse_csr)
+    other[0](torch.ones(1, 30).double()).sum().backward()
+
+
+def test_a_sparse_state_dict_of_another_model_is_refused():
+    model = nn.Linear(30, 20)
+    nn.init.zeros_(model.weight)
+    for other, match in ((nn.Linear(30, 10), "size mismatch"), (nn.Sequential(nn.Linear(30, 20)), "Missing key")):
+        with pytest.raises(RuntimeError, match=match):
+            load_sparse_state_dict(other, sparse_state_dict(model))
 
 
 def test_the_model_and_its_own_state_stay_dense():

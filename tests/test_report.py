@@ -235,3 +235,122 @@ def test_a_broken_safetensors_file_is_one_line_too(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"no header here")
     with pytest.raises(ValueError, match=r"x\.safetensors"):
         report(tmp_path / "x.safetensors")
+
+
+def command(file, **environment):
+    """The command line, and the environment in which it runs."""
+    words = [sys.executable, "-m", "torch_regpen", "report", str(file)]
+    return {"args": words, "env": {**os.environ, **environment}}
+
+
+def test_a_reader_that_has_enough_ends_the_command_quietly(tmp_path):
+    torch.save({f"layer{i}": torch.ones(1) for i in range(3000)}, tmp_path / "many.pt")  # more than a pipe holds
+    torch.save({"w": torch.ones(1)}, tmp_path / "one.pt")  # less: all of it is written at the end
+    for file in ("many.pt", "one.pt"):
+        process = subprocess.Popen(**command(tmp_path / file), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        process.stderr.close()
+        assert process.wait() == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_that_the_report_cannot_be_written_is_one_line_that_names_the_file(tmp_path):
+    torch.save({"w": torch.ones(1)}, tmp_path / "w.pt")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(**command(tmp_path / "w.pt"), stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"{tmp_path / 'w.pt'}: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_ascii_terminal_shows_what_it_can(tmp_path):
+    file = tmp_path / "gewichte_\u00fc.pt"
+    torch.save({"schl\u00fcssel": torch.ones(1)}, file)
+    done = subprocess.run(**command(file, PYTHONIOENCODING="ascii"), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert row(done.stdout, "schl\\xfcssel")[2] == "1"
+    file.write_bytes(b"")
+    done = subprocess.run(**command(file, PYTHONIOENCODING="ascii"), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "gewichte_\\xfc.pt" in done.stderr
+
+
+@pytest.mark.parametrize("odd", ["a\nb", "a\rb", "a\x1b[2Jb", "a\u202eb", "a\u2028b", "a\x9b31mb", "a\ud800b"])
+def test_no_name_reaches_the_terminal_as_a_command(odd, tmp_path, capsys, monkeypatch):
+    torch.save({odd: torch.ones(3), "inner": {odd: torch.ones(2)}}, tmp_path / "odd.pt")
+    escaped = odd.encode("unicode_escape").decode()
+    text = report(tmp_path / "odd.pt")
+    assert len(text.splitlines()) == 4
+    assert row(text, escaped)[2] == "3"
+    assert row(text, f"inner.{escaped}")[2] == "2"
+    assert list(load_tensors(tmp_path / "odd.pt")) == [odd, f"inner.{odd}"]
+    with pytest.raises(ValueError, match="there is no such file") as error:
+        report(tmp_path / f"{odd}.pt".replace("\ud800", "\n"))
+    assert str(error.value).isprintable()
+
+
+MILLION, TRILLION = 10**6, 10**12
+
+
+@pytest.mark.parametrize(
+    ("w", "expected"),
+    [
+        (torch.zeros(1, 1).expand(MILLION, MILLION), f"{TRILLION} {TRILLION} 100.00 0 0 {MILLION}/{MILLION}"),
+        (torch.full((1,), 2.0).expand(TRILLION), f"{TRILLION} 0 0.00 0 2e+06 - -"),
+        (torch.tensor([[0.0], [3.0], [4.0]]).expand(3, TRILLION), f"{3 * TRILLION} {TRILLION} 33.33 0 5e+06 1/3 0/"),
+        (torch.tensor([1.0, 1e-9]).expand(TRILLION, 2), f"{2 * TRILLION} 0 0.00 {TRILLION} 1e+06 0/{TRILLION} 0/2"),
+    ],
+)
+def test_an_expanded_tensor_of_any_size_is_counted(w, expected, tmp_path):
+    torch.save({"w": w}, tmp_path / "w.pt")
+    assert (tmp_path / "w.pt").stat().st_size < 3000
+    assert " ".join(row(report(tmp_path / "w.pt"), "w")[1 + w.ndim :]).startswith(expected)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (1, 6), (4, 1), (1, 1), (2, 1, 4), (1, 3, 1), (5,), (1,), ()])
+def test_repetitions_change_nothing_that_is_counted(shape):
+    thin = torch.randn(shape).relu()
+    w = thin.expand([3 if size == 1 else size for size in shape])
+    for expanded in (w, w.T if w.ndim == 2 else w):
+        assert module._row("w", expanded) == module._row("w", expanded.clone())
+
+
+def test_a_sparse_tensor_of_any_size_is_counted(tmp_path):
+    indices, values = torch.tensor([[0, 7, 7, 10**6 - 1], [5, 5, 5, 0]]), torch.tensor([3.0, 1.0, 3.0, 0.0])
+    w = torch.sparse_coo_tensor(indices, values, (10**6, 10**7))
+    csr = torch.sparse_csr_tensor(torch.tensor([0, 1, 2]), torch.tensor([5, 5]), values[:2] * 2, (2, 10**12))
+    torch.save({"coo": w, "csr": csr}, tmp_path / "w.pt")
+    text = report(tmp_path / "w.pt")
+    assert row(text, "coo")[3:10] == [
+        *(str(10**13), str(10**13 - 2), "100.00", "0", "5"),
+        *(f"{10**6 - 2}/{10**6}", f"{10**7 - 1}/{10**7}"),
+    ]
+    assert row(text, "csr")[3:10] == [
+        *(str(2 * 10**12), str(2 * 10**12 - 2), "100.00", "0", "6.325"),
+        *("0/2", f"{10**12 - 1}/{10**12}"),
+    ]
+
+
+def test_elements_that_overlap_in_other_ways_have_dashes(tmp_path):
+    w = torch.ones(1000).as_strided((500, 500), (1, 1))
+    torch.save({"w": w, "v": torch.ones(2)}, tmp_path / "w.pt")
+    text = report(tmp_path / "w.pt")
+    assert row(text, "w")[3:] == ["250000", *["-"] * 7]
+    assert row(text, "total")[1] == "2"
+
+
+def test_names_that_are_the_same_with_dots_are_both_there(tmp_path):
+    saved = {"a.b": torch.ones(1), "a": {"b": torch.ones(2)}, 1: torch.ones(3), "1": torch.ones(4)}
+    torch.save(saved, tmp_path / "twice.pt")
+    tensors = load_tensors(tmp_path / "twice.pt")
+    assert {name: len(tensor) for name, tensor in tensors.items()} == {"a.b": 1, "a.b#2": 2, "1": 3, "1#2": 4}
+    assert row(report(tmp_path / "twice.pt"), "total")[1] == "10"
+
+
+def test_tensors_in_lists_and_tuples_are_there_by_index(tmp_path):
+    saved = {"layers": [torch.ones(1), (torch.ones(2), {"w": torch.ones(3)})], "epoch": [1, 2]}
+    torch.save(saved, tmp_path / "nested.pt")
+    assert list(load_tensors(tmp_path / "nested.pt")) == ["layers.0", "layers.1.0", "layers.1.1.w"]
+    torch.save([torch.ones(1), torch.ones(2)], tmp_path / "list.pt")
+    assert list(load_tensors(tmp_path / "list.pt")) == ["0", "1"]

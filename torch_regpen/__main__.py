@@ -1,9 +1,10 @@
 """`python -m torch_regpen report FILE`: what is zero in a saved state dict."""
 
 import argparse
+import os
 import sys
 
-from .report import report
+from .report import printable, report
 
 
 def main() -> int:
@@ -12,10 +13,20 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("report", help="a row for each tensor of a saved state dict: shape, zeros, norm")
     command.add_argument("file", help="written by torch.save or by safetensors")
+    file = parser.parse_args().file
     try:
-        print(report(parser.parse_args().file))
+        text = report(file)
     except ValueError as error:
         print(error, file=sys.stderr)
+        return 1
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python flushes the rest at exit
+        if isinstance(error, BrokenPipeError):  # whoever reads has enough, as `head` has
+            return 0
+        print(printable(f"{file}: its report cannot be written ({error})"), file=sys.stderr)
         return 1
     return 0
 

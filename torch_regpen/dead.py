@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
 
 from . import sharding
 from .groups import Grouping, NormGrouping, Slices, WholeTensor, working_dtype
 from .lookup import Slot
 from .penalty import Penalty
 from .selection import Select, Selection
+from .sharding import DTensor, Partial
 from .units import grouping_of, recurrent_partner
 
 __all__ = ["Place", "places", "zero_groups"]

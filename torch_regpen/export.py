@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import prune
 
 from .dead import Place, places
 from .groups import Grouping
 from .penalty import Penalty
 from .selection import Select
+from .sharding import DTensor
 
-__all__ = ["dead_units", "prune_masks", "sparse_state_dict"]
+__all__ = ["dead_units", "load_sparse_state_dict", "prune_masks", "sparse_state_dict"]
 
 SPARSE = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex128, torch.complex64)
 INDEX_BYTES = 4  # of a position in compressed sparse row format
@@ -97,8 +99,7 @@ def sparse_state_dict(model: nn.Module) -> dict[str, Any]:
     they are. `torch.save` writes it and `torch.load(..., weights_only=True)` reads it:
 
         >>> torch.save(sparse_state_dict(model), "model.pt")
-        >>> state = torch.load("model.pt", weights_only=True)
-        >>> model.load_state_dict({name: w.to_dense() for name, w in state.items()})
+        >>> load_sparse_state_dict(model, torch.load("model.pt", weights_only=True))
     """
     state: dict[str, Any] = model.state_dict()
     known: dict[tuple[Any, ...], Tensor] = {}  # shared matrices are converted, and saved, once
@@ -112,6 +113,20 @@ def sparse_state_dict(model: nn.Module) -> dict[str, Any]:
                 known[key] = _compressed(w)
             state[name] = known[key]
     return state
+
+
+def load_sparse_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """`model.load_state_dict(state)`, for a `state` with sparse tensors, as `sparse_state_dict` gives it.
+
+    Raises:
+        RuntimeError: as `load_state_dict`: a name is missing or unexpected, or a shape differs.
+    """
+    dense = OrderedDict(
+        (name, w.to_dense() if isinstance(w, Tensor) and w.layout != torch.strided else w) for name, w in state.items()
+    )
+    if hasattr(state, "_metadata"):  # the versions of the modules
+        dense._metadata = state._metadata  # type: ignore[attr-defined]
+    model.load_state_dict(dense)
 
 
 def sparse_bytes(nonzeros: int, rows: int, itemsize: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
 import warnings
@@ -11,17 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from .dead import zero_groups
 from .export import sparse_bytes
 from .groups import Slices
+from .sharding import DTensor
 from .summary import aligned
 
 __all__ = ["load_tensors", "report"]
 
 HEADER = ("name", "shape", "elements", "zeros", "%", "near zeros", "norm", "zero rows", "zero columns", "sparse")
 NEAR = 1e-3  # of the root mean square of a tensor
+COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 CHUNK = 1 << 20  # elements that are looked at at once
 CONVERT = (
     "make a file of the checkpoint with: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE"
@@ -34,7 +36,7 @@ def report(file: str | Path) -> str:
     Elements; exact zeros; elements that are not zero but less than a thousandth of the tensor's root mean square; the
     norm; rows (dim 0) and columns (dim 1) that are all zero; and by how much a compressed sparse row format with 32-bit
     positions would make it smaller, where it would. What cannot be counted, such as a tensor on the meta device, has
-    dashes. Files are mapped into memory, and may be larger than it.
+    dashes. Files are mapped into memory, and may be larger than it. What a name has that is not printable is escaped.
 
     Args:
         file: written by `torch.save` or by safetensors; nothing in it is executed.
@@ -42,14 +44,16 @@ def report(file: str | Path) -> str:
     Raises:
         ValueError: it cannot be read, or holds no tensors; the message names it and says why, in one line.
     """
-    rows = [_row(name, tensor) for name, tensor in load_tensors(file).items()]
+    rows = [_row(printable(name), tensor) for name, tensor in load_tensors(file).items()]
     elements, zeros, dense, sparse = (sum(column) for column in zip(*(numbers for _, numbers in rows), strict=True))
     total = ("total", "", f"{elements}", f"{zeros}", _percent(zeros, elements), "", "", "", "", _ratio(dense, sparse))
     return aligned([HEADER, *(cells for cells, _ in rows), total])
 
 
 def load_tensors(file: str | Path) -> dict[str, Tensor]:
-    """The tensors of a saved state dict by name; those of nested dicts by dotted names.
+    """The tensors of a saved state dict by name; those of nested dicts, lists and tuples by dotted names.
+
+    Where two have the same dotted name, `a.b` beside the `b` of an `a`, the later one is `a.b#2`.
 
     Raises:
         ValueError: as `report`.
@@ -57,34 +61,47 @@ def load_tensors(file: str | Path) -> dict[str, Tensor]:
     path = Path(file)
     if path.is_dir():
         sharded = (path / ".metadata").exists()
-        raise ValueError(f"{file}: it is a folder; {CONVERT if sharded else 'give a file in it'}")
+        raise _unreadable(file, f"it is a folder; {CONVERT if sharded else 'give a file in it'}")
     if path.suffix == ".distcp":
-        raise ValueError(f"{file}: it is a part of a sharded checkpoint; {CONVERT}")
+        raise _unreadable(file, f"it is a part of a sharded checkpoint; {CONVERT}")
+    tensors: dict[str, Tensor] = {}
     try:
         with warnings.catch_warnings():  # what is wrong with a file is said once, in one line
             warnings.simplefilter("ignore")
             saved = _load(path)
-        tensors = dict(_tensors(saved))
+        for name, tensor in _tensors(saved):
+            names = (name if i == 1 else f"{name}#{i}" for i in itertools.count(1))
+            tensors[next(free for free in names if free not in tensors)] = tensor
     except FileNotFoundError:
-        raise ValueError(f"{file}: there is no such file") from None
+        raise _unreadable(file, "there is no such file") from None
     except pickle.UnpicklingError:
-        raise ValueError(
-            f"{file}: it holds more than tensors, or is no file of torch.save; nothing was executed"
+        raise _unreadable(
+            file, "it holds more than tensors, or is no file of torch.save; nothing was executed"
         ) from None
     except ImportError as error:
-        raise ValueError(f"{file}: {error}") from None
+        raise _unreadable(file, str(error)) from None
     except Exception as error:  # whatever a file that is none of these makes a reader raise
         why = (str(error).splitlines() or [""])[0].split(". ")[0]
-        raise ValueError(f"{file}: it cannot be read as a state dict ({type(error).__name__}: {why})") from None
+        raise _unreadable(file, f"it cannot be read as a state dict ({type(error).__name__}: {why})") from None
     if not tensors:
-        raise ValueError(f"{file}: it holds a {type(saved).__name__} without tensors, not a state dict")
+        raise _unreadable(file, f"it holds a {type(saved).__name__} without tensors, not a state dict")
     parts = [name for name, tensor in tensors.items() if isinstance(tensor, DTensor)]
     if parts:
-        raise ValueError(
-            f"{file}: it holds one rank's part of sharded tensors ({parts[0]}, ...); save the whole with "
-            "torch.distributed.checkpoint.state_dict.get_model_state_dict and full_state_dict=True"
+        raise _unreadable(
+            file,
+            f"it holds one rank's part of sharded tensors ({parts[0]}, ...); save the whole with "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict and full_state_dict=True",
         )
     return tensors
+
+
+def printable(text: str) -> str:
+    """One line of `text`: what would end it, or reach the terminal as a command, is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _unreadable(file: str | Path, why: str) -> ValueError:
+    return ValueError(printable(f"{file}: {why}"))
 
 
 def _load(path: Path) -> Any:
@@ -105,40 +122,60 @@ def _tensors(saved: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(saved, Mapping):
         for key, value in saved.items():
             yield from _tensors(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(saved, list | tuple):
+        for index, value in enumerate(saved):
+            yield from _tensors(value, f"{prefix}.{index}" if prefix else str(index))
 
 
 def _row(name: str, tensor: Tensor) -> tuple[tuple[str, ...], tuple[int, int, int, int]]:
     shape, elements = "-", 0
     try:
         shape, elements = str(tuple(tensor.shape)), tensor.numel()
-        w = _plain(tensor)
-        zeros, near, norm = _sizes(w)
-        dead = (_zero_slices(w, 0), _zero_slices(w, 1))
+        (nonzeros, near, norm), dead = _counts(tensor)
     except RuntimeError:  # of types that torch has no arithmetic for: nested, on no device, some of 4 bits
         return (name, shape, f"{elements}", *["-"] * (len(HEADER) - 3)), (0, 0, 0, 0)
-    dense = elements * w.element_size()
-    rows = w.shape[0] if w.ndim > 1 else 1
-    sparse = min(sparse_bytes(elements - zeros, rows, w.element_size()), dense)
+    zeros, itemsize = elements - nonzeros, 4 if tensor.is_quantized else tensor.element_size()
+    dense = elements * itemsize
+    sparse = min(sparse_bytes(nonzeros, tensor.shape[0] if tensor.ndim > 1 else 1, itemsize), dense)
     numbers = (f"{elements}", f"{zeros}", _percent(zeros, elements), f"{near}", f"{norm:.4g}")
     return (name, shape, *numbers, *dead, _ratio(dense, sparse)), (elements, zeros, dense, sparse)
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    """The tensor as a dense one."""
-    if tensor.is_quantized:
-        return tensor.dequantize()
-    return tensor if tensor.layout == torch.strided else tensor.to_dense()
+def _counts(tensor: Tensor) -> tuple[tuple[int, int, float], list[str]]:
+    """`_sizes` of a tensor, and how many of its slices along dim 0 and dim 1 are zero.
+
+    It goes through what is stored only: a small file may hold a tensor of any size.
+    """
+    shape, elements = tensor.shape, tensor.numel()
+    if tensor.layout == torch.sparse_coo or (tensor.layout in COMPRESSED and tensor.ndim == 2):
+        coo = tensor.to_sparse().coalesce()
+        if coo.dense_dim() == 0:
+            filled = coo.indices()[:, coo.values() != 0]
+            zero = [shape[dim] - len(filled[dim].unique()) for dim in range(len(shape))]
+            return _sizes(coo.values(), elements), _zero_slices(shape, zero)
+    w = tensor.dequantize() if tensor.is_quantized else tensor.to_dense()
+    repeated = [size > 1 and stride == 0 for size, stride in zip(shape, w.stride(), strict=True)]
+    w = w[tuple(slice(0, 1) if again else slice(None) for again in repeated)]
+    if w.numel() * w.element_size() > w.untyped_storage().nbytes():
+        raise RuntimeError("elements overlap in other ways than by repetition")
+    times = elements // max(w.numel(), 1)
+    nonzeros, near, norm = _sizes(w, w.numel())
+    zero = []
+    if w.ndim > 1 and elements:
+        flags = [zero_groups(w, Slices(dim)) for dim in (0, 1)]
+        zero = [int(flag.sum()) * (shape[dim] // len(flag)) for dim, flag in enumerate(flags)]
+    return (nonzeros * times, near * times, norm * math.sqrt(times)), _zero_slices(shape, zero)
 
 
-def _sizes(w: Tensor) -> tuple[int, int, float]:
-    """How many elements are exactly zero, and near zero; and the norm."""
-    zeros, squares = 0, 0.0
+def _sizes(w: Tensor, elements: int) -> tuple[int, int, float]:
+    """How many of `w` are not zero, how many of those are near it, and the norm; of `elements` the others are zero."""
+    nonzeros, squares = 0, 0.0
     for x in _chunks(w):
-        zeros, squares = zeros + int((x == 0).sum()), squares + float(x.dot(x))
+        nonzeros, squares = nonzeros + int((x != 0).sum()), squares + float(x.dot(x))
     norm = math.sqrt(squares)
-    limit = NEAR * norm / math.sqrt(max(w.numel(), 1))
-    near = sum(int((x < limit).sum()) for x in _chunks(w)) - zeros if 0 < limit < math.inf else 0
-    return zeros, near, norm
+    limit = NEAR * norm / math.sqrt(max(elements, 1))
+    near = sum(int(((x > 0) & (x < limit)).sum()) for x in _chunks(w)) if 0 < limit < math.inf else 0
+    return nonzeros, near, norm
 
 
 def _chunks(w: Tensor) -> Iterator[Tensor]:
@@ -149,11 +186,10 @@ def _chunks(w: Tensor) -> Iterator[Tensor]:
         yield x.to(torch.complex128).abs() if x.is_complex() else x.to(torch.float64).abs()
 
 
-def _zero_slices(w: Tensor, dim: int) -> str:
-    if w.ndim < 2 or not w.numel():
-        return "-"
-    dead = zero_groups(w, Slices(dim))
-    return f"{int(dead.sum())}/{len(dead)}"
+def _zero_slices(shape: torch.Size, zero: list[int]) -> list[str]:
+    if len(shape) < 2 or not shape.numel():
+        return ["-", "-"]
+    return [f"{zero[dim]}/{shape[dim]}" for dim in (0, 1)]
 
 
 def _percent(zeros: int, elements: int) -> str:

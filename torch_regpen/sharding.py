@@ -2,7 +2,8 @@
 
 A DTensor (FSDP2, tensor parallelism, or both) is taken by the part of it that lies on this rank. Functions of single
 elements need no more. Groups that go on on other ranks get their norms summed over those ranks (`AcrossShards`); a
-penalty that needs a tensor as a whole gets it gathered. Nothing else in the package knows that tensors can be sharded.
+penalty that needs a tensor as a whole gets it gathered. Nothing else in the package knows that tensors can be sharded,
+nor that PyTorch can be built without torch.distributed.
 """
 
 from __future__ import annotations
@@ -15,18 +16,39 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import _composable_state
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
 
 from .groups import Elements, Grouping, NormGrouping, Slices, WholeTensor, working_dtype
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from .terms import Term
 
-__all__ = ["Part", "everywhere", "local", "maximum", "on_parts", "placed_as", "stand_ins", "total"]
+try:
+    from torch.distributed import ReduceOp, _composable_state  # a build without torch.distributed has no ReduceOp
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+except ImportError:
+    ReduceOp = _composable_state = Partial = Replicate = None  # type: ignore[assignment,misc]
 
-Along = tuple[DeviceMesh, tuple[int, ...]]  # a mesh, and those of its dimensions over which something is cut
+    class DTensor(Tensor):  # type: ignore[no-redef]
+        """Stands for the class that this build does not have: no tensor is one."""
+
+
+__all__ = [
+    "DTensor",
+    "Part",
+    "Partial",
+    "everywhere",
+    "local",
+    "maximum",
+    "on_parts",
+    "placed_as",
+    "reduced",
+    "stand_ins",
+    "total",
+]
+
+Along = tuple["DeviceMesh", tuple[int, ...]]  # a mesh, and those of its dimensions over which something is cut
 
 
 def local(w: Tensor) -> Tensor:
@@ -202,10 +224,18 @@ def maximum(values: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         top = torch.stack([x.to(found[0]) for x in found]).max()
         if along is not None and along[1]:
             # Some backends let a NaN get lost in a maximum.
-            pair = _all_reduce(torch.stack([top.nan_to_num(torch.inf), top.isnan().to(top)]), along, dist.ReduceOp.MAX)
+            pair = _all_reduce(torch.stack([top.nan_to_num(torch.inf), top.isnan().to(top)]), along, "MAX")
             top = pair[0].masked_fill(pair[1] > 0, torch.nan)
         tops.append(top)
     return torch.stack([top.to(tops[0]) for top in tops]).max()
+
+
+def reduced(x: Tensor, like: Tensor, op: str) -> Tensor:
+    """`x` of each rank, reduced by `op` (`"sum"`, `"max"`) over the ranks that hold different shards of `like`."""
+    if not isinstance(like, DTensor):
+        return x
+    placements = [Replicate() if placement.is_replicate() else Partial(op) for placement in like.placements]
+    return DTensor.from_local(x, like.device_mesh, placements, run_check=False).full_tensor()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +272,7 @@ class AcrossShards(NormGrouping):
         return _all_reduce(torch.stack(super().totals(*xs)), self.along).unbind()
 
     def largest(self, x: Tensor) -> Tensor:
-        return _all_reduce(super().largest(x), self.along, dist.ReduceOp.MAX)
+        return _all_reduce(super().largest(x), self.along, "MAX")
 
     def all_known(self, condition: Tensor) -> bool:
         return False  # on other ranks, which take part in what follows, it may not hold
@@ -309,10 +339,10 @@ def _summed(xs: Sequence[tuple[Tensor, Along | None]]) -> list[Tensor]:
     return sums
 
 
-def _all_reduce(x: Tensor, along: Along, op: Any = dist.ReduceOp.SUM) -> Tensor:
+def _all_reduce(x: Tensor, along: Along, op: str = "SUM") -> Tensor:
     """In place."""
     x = x.contiguous()
     mesh, dims = along
     for dim in dims:
-        dist.all_reduce(x, op, group=mesh.get_group(dim))
+        dist.all_reduce(x, getattr(ReduceOp, op), group=mesh.get_group(dim))
     return x

@@ -7,10 +7,9 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from .groups import working_dtype
-from .sharding import local
+from .sharding import local, reduced
 
 __all__ = ["histogram", "tally"]
 
@@ -49,8 +48,7 @@ def tally(w: Tensor) -> Tensor:
         total, squares = x.sum(), x.dot(x)
         sums += torch.stack([total, x.abs_().sum(), squares])
         tops = torch.maximum(tops, torch.stack([highest, -lowest]))
-    if isinstance(w, DTensor):
-        counts, sums, tops = _reduce(counts, w, "sum"), _reduce(sums, w, "sum"), _reduce(tops, w, "max")
+    counts, sums, tops = reduced(counts, w, "sum"), reduced(sums, w, "sum"), reduced(tops, w, "max")
     return torch.cat([counts.to(wide), sums, tops])
 
 
@@ -58,12 +56,6 @@ def _layout(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype, int]:
     """The dtype in which a weight is counted, the integer of its width, and by how much its bits are shifted."""
     real = working_dtype(dtype)
     return (real, torch.int64, 52 - OCTAVE_BITS) if real == torch.float64 else (real, torch.int32, 23 - OCTAVE_BITS)
-
-
-def _reduce(x: Tensor, like: DTensor, op: str) -> Tensor:
-    """`x` of each rank, reduced over the ranks that hold different shards of `like`."""
-    placements = [Replicate() if placement.is_replicate() else Partial(op) for placement in like.placements]
-    return DTensor.from_local(x, like.device_mesh, placements, run_check=False).full_tensor()
 
 
 def histogram(counts: Tensor, dtype: torch.dtype) -> tuple[list[float], list[float]]:

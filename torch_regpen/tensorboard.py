@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from .dead import places, zero_groups
 from .groups import Elements, Grouping
 from .penalty import Penalty
 from .selection import Select
-from .sharding import everywhere
+from .sharding import DTensor, everywhere
 from .tally import histogram, tally
 
 if TYPE_CHECKING:

@@ -131,7 +131,7 @@ class Slot:
         """Whether weight_norm takes a weight apart here, into directions and their lengths."""
         owner: Any = self.owner
         if self.key.endswith(("_v", "_g")):  # torch.nn.utils.weight_norm
-            return {self.key[:-1] + "v", self.key[:-1] + "g"} <= owner._parameters.keys()
+            return owner is not None and {self.key[:-1] + "v", self.key[:-1] + "g"} <= set(owner._parameters)
         parametrized = owner is not None and parametrize.is_parametrized(owner, self.key)
         return bool(parametrized and isinstance(owner.parametrizations[self.key][0], _WeightNorm))
 

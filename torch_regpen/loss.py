@@ -26,7 +26,7 @@ def check_differentiated(work: Iterable[Bundle]) -> None:
     """
     if not torch._C._are_functorch_transforms_active():
         return
-    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    functorch: Any = torch._C._functorch
     differentiating = {functorch.TransformType.Grad, functorch.TransformType.Jvp}
     if not any(interpreter.key() in differentiating for interpreter in functorch.get_interpreter_stack() or ()):
         return
@@ -50,7 +50,7 @@ def total(work: Iterable[Bundle]) -> Tensor:
             value, known = sharding.total(
                 cut, lambda terms: multi_tensor.summed([_forward(b, b.tensors) for b in bundles(terms)])
             )
-        sums += [value, *(_GradientOnly.apply(b, *b.tensors) for b in bundles(known))]  # type: ignore[no-untyped-call]
+        sums += [value, *(_GradientOnly.apply(b, *b.tensors) for b in bundles(known))]
     return together(sums, work)
 
 
@@ -80,14 +80,14 @@ def _value(bundle: Bundle) -> Tensor:
     ws = bundle.tensors
     if not torch.compiler.is_compiling():
         function = _EagerValue if torch._C._are_functorch_transforms_active() else _PlainValue
-        return function.apply(bundle, *ws)  # type: ignore[no-any-return, no-untyped-call]
+        return function.apply(bundle, *ws)  # type: ignore[no-any-return]
     differentiable = torch.is_grad_enabled() and any(w.requires_grad for w in ws)
     if differentiable:
         _mark(bundle)
         check_grad(bundle.terms)
     if bundle.plain or not differentiable:
         return _Value.forward(bundle, *ws)  # the compiler differentiates it as well
-    return _Value.apply(bundle, *ws)  # type: ignore[no-any-return, no-untyped-call]
+    return _Value.apply(bundle, *ws)  # type: ignore[no-any-return]
 
 
 class _Value(torch.autograd.Function):

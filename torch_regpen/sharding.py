@@ -266,7 +266,7 @@ class AcrossShards(NormGrouping):
     def norm(self, x: Tensor) -> Tensor:
         if self.norms is not None and not torch.is_grad_enabled():
             return self.norms
-        return self.root(_Sum.apply(self.squares(x), self.along), x.dtype)  # type: ignore[no-untyped-call]
+        return self.root(_Sum.apply(self.squares(x), self.along), x.dtype)
 
     def totals(self, *xs: Tensor) -> tuple[Tensor, ...]:
         return _all_reduce(torch.stack(super().totals(*xs)), self.along).unbind()
@@ -297,7 +297,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return _Sum.apply(g, ctx.along), None  # type: ignore[no-untyped-call]
+        return _Sum.apply(g, ctx.along), None
 
 
 def _cut(term: Term, w: DTensor) -> Grouping | None:

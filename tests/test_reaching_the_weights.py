@@ -338,3 +338,34 @@ def test_positive_without_a_prox_is_refused():
         penalty.add_grad_()
     penalty.prox_(0.1)
     assert (w >= 0).all()
+
+
+# Zeros, by name and in all
+
+
+def test_sparsity_and_totals_count_each_element_once():
+    model = Net()
+    with torch.no_grad():
+        model.fc.weight[0] = 0
+        model.body[0].weight[:, 1] = 0
+    penalty = L1(model, 0.1) + GroupLasso(model, 0.1)
+    zeros, elements = 8 + 8, 24 + 32
+    assert penalty.sparsity().item() == pytest.approx(zeros / elements)
+    total = penalty.summary().splitlines()[-1].split()
+    assert total[0] == "total"
+    assert total[2:] == [f"{zeros}/{elements}", "1/11"]
+    assert float(total[1]) == pytest.approx(penalty().item(), rel=1e-4)
+    with torch.device("meta"):
+        assert L1(Net(), 0.1).sparsity().is_meta  # nothing is read back
+
+
+def test_zero_groups_are_named_by_what_the_penalty_groups():
+    model = Net()
+    with torch.no_grad():
+        model.body[0].weight[:, 1] = 0
+        model.fc.weight[2] = 1e-30  # its square is 0
+        model.fc.weight[1] = 0
+    assert GroupLasso(model, 0.1).zero_groups() == {"body.0.weight": [], "fc.weight": [1]}
+    assert GroupLasso(model, 0.1, groups="input").zero_groups() == {"body.0.weight": [1], "fc.weight": []}
+    assert L1(model, 0.1).zero_groups() == {}
+    assert "1/3" in GroupLasso(model.fc, 0.1).summary()

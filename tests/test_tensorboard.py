@@ -25,9 +25,9 @@ from torch_regpen import (
     SparseGroupLasso,
     tally,
 )
-from torch_regpen.dead import zero_groups
 from torch_regpen.groups import Blocks, Heads, Slices
 from torch_regpen.tensorboard import WeightLogger
+from torch_regpen.zeros import zero_groups
 
 pytest.importorskip("tensorboard")
 

@@ -26,6 +26,7 @@ from .stationarity import distance
 from .summary import summary_table
 from .terms import Bundle, Term, add_grad_, add_grad_and_value_, bundles, by_tensor, check_grad
 from .units import grouping_of
+from .zeros import zero_groups
 
 __all__ = ["Penalty", "Sum"]
 
@@ -350,8 +351,36 @@ class Penalty(nn.Module):
         return restricted
 
     @torch.no_grad()
+    def sparsity(self) -> Tensor:
+        """The fraction of the penalized elements that are exactly zero, or at their center; 0-dim, float32.
+
+        Frozen parameters are left out, unless all are. The value stays on the device.
+        """
+        tensors = [terms[0] for terms in by_tensor(self.terms() or self.terms(frozen=True))]
+        elements = sum(term.tensor.numel() for term in tensors)
+        zeros = [sharding.everywhere((term.offset(term.tensor) == 0).sum()) for term in tensors]
+        return torch.stack([count.to(zeros[0].device) for count in zeros]).sum() / max(elements, 1)
+
+    @torch.no_grad()
+    def zero_groups(self) -> dict[str, list[int]]:
+        """For each parameter over groups, by name, the indices of the groups that are zero throughout.
+
+        Groups are what `groups` says: the features that no unit reads (`"input"`), neurons, heads, blocks. Their
+        indices count along the groups, in the order in which they lie in the tensor; it reads them from the device.
+        """
+        found: dict[str, list[int]] = {}
+        for term in self.terms() or self.terms(frozen=True):
+            if not isinstance(term.grouping, Elements):
+                zero = zero_groups(term.offset(term.tensor), term.grouping)
+                found[term.name] = zero.nonzero().flatten().tolist()
+        return found
+
+    @torch.no_grad()
     def summary(self) -> str:
-        """A table, a row per parameter: name, shape, lam, value, elements exactly zero, whole groups that are zero."""
+        """A table, a row per parameter: name, shape, lam, value, elements exactly zero, whole groups that are zero.
+
+        The last row has the totals. Around a center, what is at its center counts as zero.
+        """
         return summary_table(self.terms() or self.terms(frozen=True))
 
     def __add__(self, other: Penalty) -> Sum:

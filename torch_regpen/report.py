@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dead import zero_groups
 from .export import sparse_bytes
 from .groups import Slices
 from .sharding import DTensor
 from .summary import aligned
+from .zeros import zero_groups
 
 __all__ = ["load_tensors", "report"]
 

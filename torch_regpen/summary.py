@@ -10,6 +10,7 @@ import torch
 from .groups import Elements
 from .sharding import Part
 from .terms import Term
+from .zeros import zero_groups
 
 __all__ = ["aligned", "summary_table"]
 
@@ -24,22 +25,19 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def summary_table(terms: list[Term]) -> str:
-    """A row for each term; the numbers of all rows come from the device at once.
-
-    Around a center, what is at its center counts as zero.
-    """
+    """A row for each term, and one for all; the numbers of all rows come from the device at once."""
     counts, sizes = [], []
     for term in terms:
         (whole,) = Part([term], whole=True).terms
         offset = whole.offset(whole.tensor)
-        u, _ = whole.grouping.polar(offset)
-        numbers = [whole.value(whole.tensor), (offset == 0).sum(), (u == 0).sum()]
+        zero = zero_groups(offset, whole.grouping)
+        numbers = [whole.value(whole.tensor), (offset == 0).sum(), zero.sum()]
         counts.append(torch.stack([number.double() for number in numbers]).to(terms[0].tensor.device))
-        sizes.append(u.numel())
+        sizes.append(0 if isinstance(term.grouping, Elements) else zero.numel())
     unknown = [[math.nan] * 3] * len(counts)  # on the meta device
     found = unknown if not counts or counts[0].is_meta else torch.stack(counts).tolist()
     rows = [HEADER]
-    for term, (value, zeros, zero_groups), size in zip(terms, found, sizes, strict=True):
+    for term, (value, zeros, groups), size in zip(terms, found, sizes, strict=True):
         rows.append(
             (
                 term.name,
@@ -48,7 +46,13 @@ def summary_table(terms: list[Term]) -> str:
                 f"{term.lam:.4g}",
                 f"{value:.6g}",
                 f"{zeros:.0f}/{term.tensor.numel()}",
-                "-" if isinstance(term.grouping, Elements) else f"{zero_groups:.0f}/{size}",
+                f"{groups:.0f}/{size}" if size else "-",
             )
         )
+    elements = {id(term.tensor): (row[1], term.tensor.numel()) for term, row in zip(terms, found, strict=True)}
+    zeros, count = (sum(column) for column in zip(*elements.values(), strict=True)) if elements else (0, 0)
+    groups = sum(row[2] for row, size in zip(found, sizes, strict=True) if size)
+    value = sum(row[0] for row in found)
+    total = f"{groups:.0f}/{sum(sizes)}" if any(sizes) else "-"
+    rows.append(("total", "", "", "", f"{value:.6g}", f"{zeros:.0f}/{count}", total))
     return aligned(rows)

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .dead import places, zero_groups
+from .dead import places
 from .groups import Elements, Grouping
 from .penalty import Penalty
 from .selection import Select
 from .sharding import DTensor, everywhere
 from .tally import histogram, tally
+from .zeros import zero_groups
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -115,8 +115,55 @@ def test_it_leaves_all_as_it_was():
 
 def test_of_a_sum_the_parts_are_asked():
     model = linear()
+    both = L1(model, 1.0) + L2(model, 1.0)
     with pytest.raises(ValueError, match="penalties"):
-        lam_max(L1(model, 1.0) + L2(model, 1.0), lambda: sse(model))
+        lam_max(both, lambda: sse(model))
+    with pytest.raises(ValueError, match="penalties"):
+        regularization_path(model, both, fit, [0.1])
+
+
+def penalty_with_free(kind, model, free):
+    """A penalty in whose `weights` the features `free` have 0, all others 2."""
+    weights = torch.full((10,), 2.0, dtype=torch.float64)
+    weights[free] = 0
+    if kind is L1:
+        return L1(model, 1.0, weights={"weight": weights.expand(model.weight.shape)})
+    return kind(model, 1.0, groups="input", weights={"weight": weights})
+
+
+@pytest.mark.parametrize("kind", [L1, GroupLasso])
+def test_what_has_weight_0_is_left_as_it_is_and_counts_for_nothing(kind):
+    free, held = [2, 3, 8], [0, 1, 4, 5, 6, 7, 9]
+    model, targets = linear(2), np.stack([y, X[:, 0] - y], axis=1)
+    coefficients = np.linalg.lstsq(X[:, free], targets, rcond=None)[0]  # fitted before, as glmnet does
+    with torch.no_grad():
+        model.weight[:, free] = torch.tensor(coefficients.T)
+    slopes = X[:, held].T @ (targets - X[:, free] @ coefficients) / len(y)
+    expected = (np.abs(slopes) if kind is L1 else np.linalg.norm(slopes, axis=1) / 2**0.5).max() / 2
+    seen = []
+
+    def loss():
+        seen.append(model.weight.detach().clone())
+        return sse(model, torch.tensor(targets))
+
+    before = model.weight.detach().clone()
+    assert lam_max(penalty_with_free(kind, model, free), loss) == pytest.approx(expected, rel=1e-10)
+    assert torch.equal(seen[0][:, free], before[:, free])
+    assert not seen[0][:, held].any()
+    assert torch.equal(model.weight, before)
+
+
+def test_of_free_coordinates_that_are_not_fitted_only_the_others_count():
+    model = linear()
+    held = np.abs(X.T @ (y - X[:, 2] * model.weight[0, 2].item()))[np.arange(10) != 2].max() / len(y) / 2
+    assert lam_max(penalty_with_free(L1, model, [2]), lambda: sse(model)) == pytest.approx(held, rel=1e-10)
+    assert lam_max(penalty_with_free(L1, model, list(range(10))), lambda: sse(model)) == 0
+
+
+def test_a_gradient_that_is_not_finite_is_named():
+    model = linear()
+    with pytest.raises(ValueError, match="'weight', is not finite"):
+        lam_max(L1(model, 1.0), lambda: sse(model) * math.nan)
 
 
 # The path.
@@ -200,6 +247,64 @@ def test_model_and_penalty_are_left_as_they_were():
         path.best  # noqa: B018
 
 
+class Noted(nn.Module):
+    """A model whose state dict holds what is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = linear(), linear()
+
+    def get_extra_state(self):
+        return {"note": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+@pytest.mark.parametrize("broken", ["nothing", "fit", "score"])
+def test_each_group_keeps_its_lambda_and_the_model_its_weights(broken):
+    model = Noted()
+    groups = [
+        {"params": [("first.weight", model.first.weight)], "lam": 0.1},
+        {"params": [("second.weight", model.second.weight)], "lam": 0.2},
+    ]
+    penalty = L1(groups, 1.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    seen = []
+
+    def change(model, penalty, indices):
+        seen.append([group["lam"] for group in penalty.param_groups])
+        with torch.no_grad():
+            model.first.weight.fill_(7)
+        if broken == "fit" and len(seen) == 2:
+            raise KeyboardInterrupt
+
+    def score(model, indices):
+        if broken == "score":
+            raise KeyboardInterrupt
+        return 0.0
+
+    def run():
+        regularization_path(model, penalty, change, [0.3, 0.4], folds=[([0], [1])], score=score)
+
+    if broken == "nothing":
+        run()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    assert seen[:2] == [[0.4, 0.4], [0.3, 0.3]]
+    assert [group["lam"] for group in penalty.param_groups] == [0.1, 0.2]
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_a_penalty_inside_the_model_keeps_its_lambda():
+    model = nn.Sequential(linear())
+    model.penalty = L1([("0.weight", model[0].weight)], 0.5)
+    with pytest.raises(ZeroDivisionError):
+        regularization_path(model, model.penalty, lambda *_: 1 / 0, [0.3, 0.4])
+    assert model.penalty.lam == 0.5
+
+
 @pytest.mark.parametrize(("order", "expected"), [("down", [0.3, 0.2, 0.1]), ("up", [0.1, 0.2, 0.3])])
 def test_each_is_warm_started_from_the_last_in_the_order_asked_for(order, expected):
     model = linear()
@@ -243,6 +348,102 @@ def test_an_interrupted_path_goes_on_from_its_file(tmp_path, stop):
     lams.append(0.05)
     with pytest.raises(ValueError, match="other lambdas"):
         run(fit, file)
+
+
+def accuracy(model, indices):
+    return 1.0
+
+
+def second_moment(model, indices):
+    return 2.0
+
+
+PLAIN = {"folds": [([0, 1], [2]), ([1, 2], [0])], "score": accuracy, "lams": [0.1, 0.2], "order": "down"}
+
+
+def path_from(file, penalty=L1, model=linear, **changed):
+    net = model()
+    return regularization_path(net, penalty(net, 1.0), lambda *_: None, **PLAIN | changed, checkpoint=file)
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"lams": [0.1, 0.3]}, "lambdas"),
+        ({"order": "up"}, "lambdas"),
+        ({"folds": [([0, 1], [3]), ([1, 2], [0])]}, "folds"),
+        ({"folds": [([1, 2], [0]), ([0, 1], [2])]}, "folds"),
+        ({"folds": [([0, 1], [2])]}, "folds"),
+        ({"folds": None, "score": None}, "folds, score"),
+        ({"score": second_moment}, "score"),
+        ({"penalty": L2}, "penalty"),
+        ({"penalty": lambda m, lam: L1([("renamed", m.weight)], lam)}, "penalty"),
+        ({"penalty": lambda m, lam: ElasticNet(m, lam, l1_ratio=0.3)}, "penalty"),
+        ({"model": lambda: linear(2)}, "model"),
+    ],
+)
+def test_a_checkpoint_of_another_path_is_refused(changed, what, tmp_path):
+    file = tmp_path / "path.pt"
+    path_from(file, **({"penalty": ElasticNet} if "l1_ratio" in str(changed) else {}))
+    with pytest.raises(ValueError, match=f"other .*{what}.*give another file"):
+        path_from(file, **changed)
+
+
+def test_a_checkpoint_of_before_it_said_what_it_is_of_is_refused(tmp_path):
+    torch.save({"lams": [0.2, 0.1], "states": {}, "values": {}}, tmp_path / "path.pt")
+    with pytest.raises(ValueError, match="give another file"):
+        path_from(tmp_path / "path.pt")
+
+
+class Opaque:
+    """Indices that do not show what they are."""
+
+
+@pytest.mark.parametrize("make", [list, np.array, torch.tensor, lambda x: slice(*x), lambda x: Opaque()])
+def test_the_same_folds_in_another_process_go_on(make, tmp_path):
+    calls = []
+
+    def note(*_):
+        calls.append(1)
+
+    for _ in range(2):
+        model, folds = linear(), [(make([0, 1]), make([2, 3]))]
+        options = {"folds": folds, "score": accuracy, "checkpoint": tmp_path / "path.pt"}
+        regularization_path(model, L1(model, 1.0), note, [0.1, 0.2], **options)
+    assert len(calls) == 4
+
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    ("scores", "best", "best_1se"),
+    [
+        ([[NAN, 9.0], [4.0, 6.0], [5.0, 7.0]], 1.0, 2.0),
+        ([[NAN, NAN], [-INF, -INF], [NAN, NAN]], 2.0, 2.0),
+        ([[NAN, NAN], [-INF, 1.0], [1.0, 1.0]], 1.0, 1.0),
+        ([[1.0, 1.0], [INF, INF], [NAN, INF]], 2.0, 2.0),
+    ],
+)
+def test_a_score_of_nan_is_never_the_best(scores, best, best_1se, tmp_path):
+    path = Path([4.0, 2.0, 1.0], scores=torch.tensor(scores, dtype=torch.float64))
+    assert (path.best, path.best_1se) == (best, best_1se)
+
+
+@pytest.mark.parametrize("folds", [1, 3])
+def test_without_any_score_but_nan_there_is_no_best(folds, tmp_path):
+    model = linear()
+    splits = [([0], [1])] * folds
+    path = regularization_path(model, L1(model, 1.0), lambda *_: None, [0.1, 0.2], folds=splits, score=lambda *_: NAN)
+    for ask in (lambda: path.best, lambda: path.best_1se):
+        with pytest.raises(ValueError, match="NaN: there is no best"):
+            ask()
+    pytest.importorskip("matplotlib")
+    path.plot(tmp_path / "nothing.png")
+    for scores in ([NAN, 1.0], [INF, 1.0], [-INF, NAN]):
+        path.scores = torch.tensor(scores, dtype=torch.float64)[:, None].expand(2, folds)
+        path.plot(tmp_path / "some.png")
+    assert (tmp_path / "some.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_plots(tmp_path, cross_validated):

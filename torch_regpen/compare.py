@@ -21,8 +21,8 @@ from .export import dead_units
 from .kinds import L2
 from .modes import MODES
 from .optim import RegularizedOptimizer
-from .optional import needed
-from .path import Path, with_progress_bar
+from .optional import needed, with_progress_bar
+from .path import Path
 from .penalty import Penalty, checked_lam
 from .summary import aligned
 from .tensorboard import WeightLogger

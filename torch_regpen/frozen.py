@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .dual import GAP, STEPS
 from .groups import largest
 from .sharding import local, maximum
 
@@ -14,6 +15,8 @@ __all__ = ["FROZEN", "FrozenZeros", "all_zero"]
 
 # In a param_group, so that it travels in the optimizer's state dict: the indices of its parameters whose zeros hold.
 FROZEN = "zeros_frozen"
+
+OWN = (GAP, STEPS)  # what the package keeps in the optimizer's state
 
 
 class FrozenZeros:
@@ -32,8 +35,8 @@ class FrozenZeros:
         """
         if id(parameter) not in self._masks:
             zeros = self._masks[id(parameter)] = local(parameter) == 0
-            for value in state.values():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape and name not in OWN:
                     local(value).masked_fill_(zeros, 0)
         if parameter.grad is not None and not parameter.grad.is_sparse:
             local(parameter.grad).masked_fill_(self._masks[id(parameter)], 0)

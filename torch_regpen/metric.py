@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, optim
 from torch.optim import Optimizer
 
-from .groups import largest
+from .groups import largest, working_dtype
 from .multi_tensor import Take
 from .prox import Step
 
@@ -39,6 +39,11 @@ class RootStep(NamedTuple):
     eps: Tensor
     cap: float | Tensor
 
+    @property
+    def by_element(self) -> bool:
+        """Whether there is one for each element."""
+        return True
+
     def part(self, take: Take) -> RootStep:
         """The step of what `take` takes of the parameter."""
         return self._replace(moment=take(self.moment))
@@ -47,6 +52,11 @@ class RootStep(NamedTuple):
     def size(self) -> Tensor:
         """The step of each element."""
         return torch.div(self.numerator, self.moment.sqrt().add_(self.eps))
+
+    @property
+    def unseen(self) -> Tensor:
+        """For each element whether it has had no gradient yet."""
+        return self.moment == 0
 
 
 class _Biased(NamedTuple):
@@ -68,7 +78,8 @@ class _Biased(NamedTuple):
         moment, lr, eps, _, beta, _ = steps[0]
         # exp(n*log(beta)): inductor computes beta^n for each element anew, and this once.
         log = beta.log() if isinstance(beta, Tensor) else math.log(beta or sys.float_info.min)
-        root = (1 - (log * torch.stack([step.updates for step in steps])).exp()).sqrt()
+        updates = torch.stack([step.updates for step in steps]).to(working_dtype(moment.dtype))
+        root = (1 - (log * updates).exp()).sqrt()
         root = root.to(moment.device, non_blocking=True)
         quotients = zip((root * lr).unbind(), (root * eps + torch.finfo(root.dtype).tiny).unbind(), strict=True)
         return [RootStep(step.moment, *quotient, step.cap) for step, quotient in zip(steps, quotients, strict=True)]
@@ -122,46 +133,47 @@ def _adam(parameter: Tensor, state: State, group: Group) -> _Biased:
 
 
 def _sparse_adam(parameter: Tensor, state: State, group: Group) -> Step:
-    return _normalised(state["exp_avg_sq"].sqrt().add_(group["eps"]), group["lr"] * _correction(state, group), group)
+    return _normalised(state["exp_avg_sq"], group["lr"] * _correction(state, group), group)
 
 
 def _radam(parameter: Tensor, state: State, group: Group) -> Step:
-    beta, step = group["betas"][1], state["step"]
+    beta, step = group["betas"][1], _updates(state)
     longest = 2 / (1 - beta) - 1
     length = longest - 2 * step * beta**step / (1 - beta**step)
     rectified = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
-    root = _correction(state, group)
-    adaptive = _normalised(state["exp_avg_sq"].sqrt().add_(group["eps"]), group["lr"] * root, group)
+    adaptive = _normalised(state["exp_avg_sq"], group["lr"] * _correction(state, group), group)
     factor = rectified.clamp_min(0).sqrt()
     return adaptive._replace(size=torch.where(length > 5, adaptive.size * factor, group["lr"]))
 
 
 def _adamax(parameter: Tensor, state: State, group: Group) -> Step:
-    return _normalised(state["exp_inf"].clone(), group["lr"], group)
+    size = state["exp_inf"].reciprocal().mul_(group["lr"])  # it holds eps where others hold 0
+    return Step(size, _cap(group), state["exp_inf"] <= group["eps"])
 
 
 def _adagrad(parameter: Tensor, state: State, group: Group) -> Step:
     lr = group["lr"] / (1 + (state["step"] - 1) * group["lr_decay"])
-    return _normalised(state["sum"].sqrt().add_(group["eps"]), lr, group)
+    return _normalised(state["sum"], lr, group)
 
 
 def _rmsprop(parameter: Tensor, state: State, group: Group) -> Step:
-    v = state["square_avg"]
+    v, momentum = state["square_avg"], group["momentum"]
     if not group["centered"]:
-        return _normalised(v.sqrt().add_(group["eps"]), group["lr"], group, group["momentum"])
-    v = (v - state["grad_avg"].square()).clamp_min_(0)
-    step = _normalised(v.sqrt_().add_(group["eps"]), group["lr"], group, group["momentum"])
+        return _normalised(v, group["lr"], group, momentum)
+    variance = (v - state["grad_avg"].square()).clamp_min_(0)
+    step = _normalised(variance, group["lr"], group, momentum)
     # A gradient that has become constant has next to no variance: then it moves a coordinate by far more than lr.
     grad: Any = parameter.grad
     moved: Tensor = step.size * grad
-    return step._replace(cap=(10 * largest(moved.abs())).clamp_min(10 * group["lr"] / (1 - group["momentum"])))
+    cap = (10 * largest(moved.abs())).clamp_min(10 * group["lr"] / (1 - momentum))
+    return Step(step.size, cap, v == 0)
 
 
 def _adadelta(parameter: Tensor, state: State, group: Group) -> Step:
-    eps = group["eps"]
+    eps, v = group["eps"], state["square_avg"]
     # the moment of the updates is that of the next step already; at rest the two are the same
-    size = ((state["acc_delta"] + eps) / (state["square_avg"] + eps)).sqrt_().mul_(group["lr"])
-    return Step(size, _cap(group))
+    size = ((state["acc_delta"] + eps) / (v + eps)).sqrt_().mul_(group["lr"])
+    return Step(size, _cap(group), v == 0)
 
 
 def _adafactor(parameter: Tensor, state: State, group: Group) -> Step:
@@ -172,22 +184,29 @@ def _adafactor(parameter: Tensor, state: State, group: Group) -> Step:
         v = (row @ column) / row.mean(dim=-2, keepdim=True).clamp_min(smallest)
     else:
         v = state["variance"].clone()
+    unseen = v == 0
     size = v.clamp_min_(smallest**2).rsqrt_()
     rms = torch.linalg.vector_norm(size * parameter.grad) / parameter.numel() ** 0.5
     scale = torch.linalg.vector_norm(parameter) / parameter.numel() ** 0.5
     lr = torch.minimum(state["step"] ** -0.5, torch.as_tensor(group["lr"])) * scale.clamp_min(least_scale)
-    return Step(size.mul_(lr / (rms / group["d"]).clamp_min(1)), 10 * lr)
+    return Step(size.mul_(lr / (rms / group["d"]).clamp_min(1)), 10 * lr, unseen)
 
 
-def _correction(state: State, group: Group) -> Any:
+def _updates(state: State) -> Tensor:
+    """How many there were, in float64: powers of the decay rates close to 1 take it."""
+    return torch.as_tensor(state["step"], dtype=torch.float64)  # SparseAdam's is an int
+
+
+def _correction(state: State, group: Group) -> Tensor:
     """The root of the bias correction of the second moment, 0 before the first step."""
-    return (1 - group["betas"][1] ** state["step"]) ** 0.5
+    root: Tensor = (1 - group["betas"][1] ** _updates(state)) ** 0.5
+    return root
 
 
-def _normalised(denominator: Tensor, lr: Any, group: Group, momentum: float = 0.0) -> Step:
-    """`lr / denominator` for each coordinate, written into the denominator; no 0/0 before the first step."""
-    size = denominator.clamp_min_(torch.finfo(denominator.dtype).tiny).reciprocal_().mul_(lr / (1 - momentum))
-    return Step(size, _cap(group, momentum))
+def _normalised(moment: Tensor, lr: Any, group: Group, momentum: float = 0.0) -> Step:
+    """`lr / (sqrt(moment) + eps)` for each coordinate; no 0/0 before the first step."""
+    denominator = moment.sqrt().add_(group["eps"]).clamp_min_(torch.finfo(moment.dtype).tiny)
+    return Step(denominator.reciprocal_().mul_(lr / (1 - momentum)), _cap(group, momentum), moment == 0)
 
 
 def _cap(group: Group, momentum: float = 0.0) -> float | Tensor:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from . import dual, multi_tensor
 from . import loss as losses
 from .metric import Metric, RootStep, Step, differs_by_coordinate, steps_of
-from .prox import check_prox, decay_, prox_
+from .prox import Sized, check_prox, decay_, prox_
 from .terms import Bundle, Term, add_grad_, check_grad
 
 __all__ = ["MODES", "Mode"]
@@ -33,10 +33,7 @@ class Mode(ABC):
     def check(self, bundle: Bundle) -> None:
         """Raise `ValueError` where the penalty on this parameter has not what the mode needs."""
 
-    def before_reevaluation(self, active: list[Bundle]) -> None:  # noqa: B027  most have nothing to do
-        """Before a closure evaluates the model again, the parameters having moved."""
-
-    def after_backward(self, active: list[Bundle], first: bool) -> None:  # noqa: B027
+    def after_backward(self, active: list[Bundle], first: bool) -> None:  # noqa: B027  most have nothing to do
         """After the gradients are there, for the first time in the step or again, and before the update."""
 
     def added_to_loss(self, active: list[Bundle]) -> Tensor | float:
@@ -114,9 +111,10 @@ class Proximal(Mode):
                     check_prox(terms, per_coordinate=True)  # known only now
         return steps
 
-    def prox_steps(self, bundle: Bundle) -> list[float | Tensor]:
-        """What multiplies lambda in the prox that comes after this update, for each tensor."""
-        return [step.size for step in self.steps_of(bundle)]
+    def before_prox(self, bundle: Bundle) -> Iterator[tuple[list[Term], float | Tensor]]:
+        """For each tensor the terms at what the prox after this update will see, and what will multiply lambda."""
+        for terms, step in zip(bundle.each, self.steps_of(bundle), strict=True):
+            yield terms, step.size
 
     def after_update(self, active: list[Bundle]) -> None:
         for bundle in active:
@@ -134,79 +132,28 @@ class Proximal(Mode):
 
 
 class Dual(Proximal):
-    """The optimizer moves latent weights, and `w = prox(latent, S*lam)`; see `dual`."""
+    """Dual averaging: `w = prox(latent, S*lam)`; see `dual`."""
 
-    def __init__(self, optimizer: Optimizer, metric: Metric) -> None:
-        super().__init__(optimizer, metric)
-        self.fingerprints = dual.Fingerprints()
-        self.left: dict[int, Tensor] = {}  # the fingerprint of what the last step left in each parameter
-        self.moved: dict[int, Tensor] = {}  # the latent weights, while a closure looks at the visible ones
-
-    def __getstate__(self) -> dict[str, Any]:
-        # In a copy the same ids may mean other tensors.
-        return {**self.__dict__, "fingerprints": dual.Fingerprints(), "left": {}, "moved": {}}
-
-    def before_reevaluation(self, active: list[Bundle]) -> None:
-        for terms, parameter in _singly(active):
-            self.moved[id(parameter)] = parameter.detach().clone()
-            parameter.copy_(dual.visible(terms, self.optimizer.state[parameter]))
-
-    def after_backward(self, active: list[Bundle], first: bool) -> None:
-        if not first:
-            for _, parameter in _singly(active):
-                parameter.copy_(self.moved.pop(id(parameter)))
-            return
-        keep = differs_by_coordinate(self.optimizer, self.metric)
-        state = self.optimizer.state
-        twins = [w for bundle in active if not bundle.off for w in bundle.tensors if dual.LATENT in state.get(w, {})]
-        for ws in _packed(twins):
-            states = [state[w] for w in ws]
-            dual.to_latent(ws, states, self._anew(ws, states), keep)
-
-    def _anew(self, ws: list[Tensor], states: list[dict[str, Any]]) -> Tensor:
-        """For each whether somebody has changed it since the last step, or it has made none."""
-        known = [self.left.get(id(w)) for w in ws]
-        if not any(left is None for left in known):
-            return self.fingerprints.of(ws) != torch.stack(known)  # type: ignore[arg-type]
-        return torch.stack(
-            [
-                dual.no_steps(state) if left is None else self.fingerprints.of([w])[0] != left
-                for w, state, left in zip(ws, states, known, strict=True)
-            ]
-        )
-
-    def prox_steps(self, bundle: Bundle) -> list[float | Tensor]:
-        sizes = super().prox_steps(bundle)
-        sums = [self.optimizer.state[w].get(dual.STEPS, 0.0) for w in bundle.tensors]
-        return [so_far + size for so_far, size in zip(sums, sizes, strict=True)]
+    def before_prox(self, bundle: Bundle) -> Iterator[tuple[list[Term], float | Tensor]]:
+        """See `Proximal`: the terms are at the latent weights, and the sum of all steps multiplies lambda."""
+        for terms, step in zip(bundle.each, self.steps_of(bundle), strict=True):
+            state = self._state_of(terms[0].tensor, step)
+            yield dual.latent_terms(terms, state), state[dual.STEPS] + dual.counted(terms, step)
 
     def after_update(self, active: list[Bundle]) -> None:
-        left: list[Tensor] = []
         for bundle in active:
             steps = self.steps_of(bundle)
-            states = [self.optimizer.state[parameter] for parameter in bundle.tensors]
+            states = list(map(self._state_of, bundle.tensors, steps))
             if bundle.off:
-                for parameter, state, step in zip(bundle.tensors, states, steps, strict=True):
-                    dual.restart(parameter, state, step)
-                continue
-            dual.to_visible(bundle, states, steps)
-            left += bundle.tensors
-        for ws in _packed(left):
-            self.left.update(zip(map(id, ws), self.fingerprints.of(ws).unbind(), strict=True))
-        self.fingerprints = dual.Fingerprints()
+                dual.reset(states)
+            else:
+                dual.average_(bundle, states, steps)
 
-
-def _singly(active: list[Bundle]) -> Iterator[tuple[list[Term], Tensor]]:
-    """The terms of each tensor, and the tensor, where they do anything."""
-    for bundle in active:
-        if not bundle.off:
-            yield from zip(bundle.each, bundle.tensors, strict=True)
-
-
-def _packed(ws: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors that go together, whatever the terms on them."""
-    for pack in multi_tensor.packs(ws):
-        yield [ws[i] for i in pack]
+    def _state_of(self, parameter: Tensor, step: Sized) -> dict[str, Any]:
+        # At lambda 0, as before a ramp, there is a gap too: a distributed checkpoint is loaded into what is there.
+        state: dict[str, Any] = self.optimizer.state[parameter]
+        dual.make_gap(parameter, state, step)
+        return state
 
 
 MODES: dict[str, type[Mode]] = {"coupled": Coupled, "decoupled": Decoupled, "dual": Dual, "proximal": Proximal}

@@ -30,8 +30,9 @@ __all__ = [
     "sizes",
     "soft_threshold_",
     "soft_threshold_each_",
-    "soft_thresholds_",
     "summed",
+    "threshold_latent_",
+    "threshold_latent_each_",
     "total",
 ]
 
@@ -180,13 +181,56 @@ def soft_threshold_(ws: Sequence[Tensor], t: Scalar) -> None:
             _soft_threshold_(some, t)
 
 
-def soft_thresholds_(ws: Sequence[Tensor], ts: Tensor, copies: Sequence[Tensor]) -> None:
-    """`soft_threshold_`, an element of `ts` for each tensor; what they were is kept in `copies`."""
-    ws = _local(ws)
+def threshold_latent_(ws: Sequence[Tensor], gaps: Sequence[Tensor], ts: Tensor) -> None:
+    """With `z = w + gap`: `w = sign(z) * max(|z| - t, 0)` and `gap = z - w`, an element of `ts` for each tensor."""
+    ws, gaps = _local(ws), _local(gaps)
     t = ts[0] if len(ws) == 1 else _spread(ts, ws)
-    for some_ws, some_copies in corresponding(ws, copies):
-        torch._foreach_copy_(some_copies, some_ws)
-        _soft_threshold_(some_ws, t)
+    for some_ws, some_gaps in corresponding(ws, gaps):
+        _threshold_latent_(some_ws, some_gaps, t)
+
+
+def threshold_latent_each_(
+    ws: Sequence[Tensor],
+    gaps: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    moments: Sequence[Tensor],
+    numerators: Tensor,
+    eps: Tensor,
+    cap: Scalar,
+    lam: float,
+) -> None:
+    """`sum += min(numerator / (sqrt(moment) + eps), cap / lam)`, then `threshold_latent_` with `t = sum * lam`.
+
+    Where the moment is 0, gap and sum are 0 in the end.
+
+    Args:
+        ws: the tensors.
+        gaps: of their shapes.
+        sums: of their shapes.
+        moments: of their shapes.
+        numerators: an element for each tensor.
+        eps: an element for each tensor, not 0 where the numerator is.
+        cap: the most that one step adds to a threshold.
+        lam: more than 0.
+    """
+    ws, gaps, sums, moments = (_local(xs) for xs in (ws, gaps, sums, moments))
+    buffer = None
+    for run in _runs(ws):
+        some = ws[run]
+        numerator, e = (x[run][0] if len(some) == 1 else _spread(x[run], some) for x in (numerators, eps))
+        for piece in corresponding(some, gaps[run], sums[run], moments[run]):
+            some_ws, some_gaps, some_sums, some_moments = piece
+            s, moment = joined(some_sums), _wide(some_moments)
+            buffer = _like(moment, buffer)  # the only temporary: memory that is new to the system costs more than sqrt
+            size = torch.sqrt(moment, out=buffer).add_(e)
+            s.add_(torch.div(numerator, size, out=size).clamp_max_(cap / lam))
+            t = torch.mul(s, lam, out=size)
+            _threshold_latent_(some_ws, some_gaps, t)
+            seen = torch.sign(moment, out=size)
+            torch._foreach_mul_(some_gaps, _parted(seen, some_gaps))
+            s.mul_(seen)
+            if len(some_sums) > 1:
+                torch._foreach_copy_(some_sums, _parted(s, some_sums))
 
 
 def soft_threshold_each_(
@@ -302,6 +346,21 @@ def _soft_threshold_(some: list[Tensor], t: Scalar) -> None:
         torch._foreach_sub_(some, _parted(clamped, some))
     else:
         torch._foreach_copy_(some, _parted(x.sub_(clamped), some))
+
+
+def _threshold_latent_(ws: list[Tensor], gaps: list[Tensor], t: Tensor) -> None:
+    """`threshold_latent_` of one piece; thresholds for each element are used up."""
+    in_place = len(ws) == 1 and ws[0].dtype == gaps[0].dtype and not torch.compiler.is_compiling()
+    z = ws[0].add_(gaps[0]) if in_place else _wide(ws) + _wide(gaps)
+    gap = torch.minimum(z, t, out=gaps[0]) if in_place else torch.minimum(z, t)
+    gap.clamp_min_(t.neg_() if t.ndim else -t)
+    if in_place:
+        z.sub_(gap)
+        return
+    torch._foreach_copy_(ws, _parted(z - gap, ws))
+    if ws[0].dtype != gap.dtype:  # what rounding takes from the weights is not lost
+        torch.sub(z, joined(ws), out=gap)
+    torch._foreach_copy_(gaps, _parted(gap, gaps))
 
 
 def corresponding(*lists: Sequence[Tensor], times: int = 1) -> Iterator[tuple[list[Tensor], ...]]:

@@ -32,10 +32,10 @@ class RegularizedOptimizer(Optimizer):
       `weight_decay=2*lam` of SGD, Adam and the others.
     - `"decoupled"`: `w -= lr * lam * subgradient`, in which no element (group) crosses zero, then the optimizer steps
       on the plain gradient. For L2 it is the decay of AdamW at `weight_decay=2*lam` (Loshchilov and Hutter 2019).
-    - `"dual"`: each penalized parameter has a latent twin, which the optimizer moves with the gradient taken at the
-      visible weights, then `w = prox(latent, S*lam)` with `S` the sum of the steps `s`: weights that were zero can come
-      back with all that they have gathered, and survivors carry little bias (Xiao 2010). For convex kinds its fixed
-      points are those of loss + penalty.
+    - `"dual"`: regularized dual averaging (Xiao 2010). Beside each penalized parameter lies its gap `d`, what the
+      penalty has taken from it so far. The optimizer steps on the visible weights `w`; then `latent = w + d`,
+      `S += s`, `w = prox(latent, S*lam)`, `d = latent - w`. Weights that were zero can come back with all that they
+      have gathered, and survivors carry little bias. For convex kinds its fixed points are those of loss + penalty.
     - `"proximal"`: the optimizer steps on the plain gradient, then `w = prox(w, s*lam)` with `s` the optimizer's own
       step for a unit gradient (`lr`, for plain SGD): exact zeros, and the solution of `"coupled"` (Beck and Teboulle
       2009; Yun, Lozano and Yang 2021).
@@ -130,8 +130,11 @@ class RegularizedOptimizer(Optimizer):
                 stepped = id(parameter) in self._stepped or parameter in self.state
                 if id(parameter) in penalized and (stepped or not all_zero(parameter)):
                     group[FROZEN].append(index)
-                    dual.forget(self.state.get(parameter, {}))
                     self._zeros.silence(parameter, self.state.get(parameter, {}))
+
+    def reset_gaps(self) -> None:
+        """Begin the average of the dual mode anew at the weights as they are; else the gaps go on, as momentum does."""
+        dual.reset(list(self.state.values()))
 
     def unfreeze_zeros(self) -> None:
         """Take `freeze_zeros` back: all weights may move, and the penalty is on."""
@@ -152,12 +155,12 @@ class RegularizedOptimizer(Optimizer):
             its prox; None where there will be none.
         """
         for owned in self._owned():
+            seen: dict[int, tuple[list[Term], float | Tensor | None]] = {}
             active = owned.with_grads() if FROZEN not in owned.group else None
-            steps: dict[int, float | Tensor] = {}
             if active is not None and isinstance(self._mode, Proximal):
-                steps = dict(zip(map(id, active.tensors), self._mode.prox_steps(active), strict=True))
+                seen = dict(zip(map(id, active.tensors), self._mode.before_prox(active), strict=True))
             for terms, parameter in zip(owned.each, owned.tensors, strict=True):
-                yield terms, steps.get(id(parameter))
+                yield seen.get(id(parameter), (terms, None))
 
     def _regularized(self, closure: Callable[[], Any], active: list[Bundle]) -> Callable[[], Any]:
         first = True
@@ -166,7 +169,6 @@ class RegularizedOptimizer(Optimizer):
             nonlocal first
             if not first:
                 with torch.no_grad():
-                    self._mode.before_reevaluation(self._penalized(active))
                     self._zeros.hold(self._frozen())
             loss = closure()
             self._after_backward(active, first)
@@ -296,7 +298,7 @@ class RegularizedOptimizer(Optimizer):
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         for key, tensor in zip(keys, tensors, strict=True):
             saved = state_dict["state"].get(key, {})
-            for name in (dual.LATENT, dual.STEPS):
+            for name in (dual.GAP, dual.STEPS):
                 if name in saved:
                     self.state[tensor][name] = saved[name].to(tensor.device, copy=True)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-__all__ = ["needed"]
+__all__ = ["needed", "with_progress_bar"]
 
 
 @contextmanager
@@ -15,3 +16,10 @@ def needed(why: str, extra: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise ImportError(f'{why}: pip install "torch_regpen[{extra}]"') from error
+
+
+def with_progress_bar(jobs: list[Any], name: str) -> Iterable[Any]:
+    """The jobs, with a bar that shows how many are done."""
+    with needed("progress=True needs tqdm", "examples"):
+        from tqdm import tqdm
+    return tqdm(jobs, desc=name)  # type: ignore[no-any-return]

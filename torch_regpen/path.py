@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path as File
 from typing import Any
@@ -11,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .optional import needed
+from .groups import NormGrouping
+from .optional import needed, with_progress_bar
 from .penalty import Penalty, Sum, checked_lam
 from .sharding import maximum
 from .stationarity import distance
-from .terms import by_tensor
+from .terms import Term, by_tensor
 
 __all__ = ["Path", "lam_max", "regularization_path"]
 
@@ -28,7 +32,8 @@ def lam_max(penalty: Penalty, loss_fn: Callable[[], Tensor]) -> float:
     """`min {lam : -gradient at 0 is in lam * subdifferential(Omega)(0)}`: from there on zero is a stationary point.
 
     It takes one gradient of `loss_fn()` with the penalized weights at zero (at their center, where there is one), and
-    puts them back. Fit what is not penalized, an intercept, before. Meant for models that are linear in the penalized
+    puts them back. Fit what is not penalized before: an intercept, and elements to which `weights` gives 0, which keep
+    their present value here and whose gradient does not count. Meant for models that are linear in the penalized
     weights: a network of zeros has no gradient. Of a network it is found by doubling lambda until training leaves no
     weight (`examples/choose_lambda.py`).
 
@@ -40,47 +45,79 @@ def lam_max(penalty: Penalty, loss_fn: Callable[[], Tensor]) -> float:
         lambda, infinite for L2, which never zeroes a weight.
 
     Raises:
-        ValueError: zero is stationary at every lambda (LHalf, L0), or the penalty is a sum.
+        ValueError: zero is stationary at every lambda (LHalf, L0); a sum; a gradient that is not finite.
     """
-    if isinstance(penalty, Sum):
-        raise ValueError("a sum has no lambda of its own: ask for one of its .penalties")
+    _refuse_sum(penalty)
     slope = penalty.rho_grad(torch.zeros((), dtype=torch.float64)).item() if penalty.separable else 0.0
     if slope == math.inf:
         raise ValueError(f"{type(penalty).__name__} has an infinite slope at 0: zero is stationary at every lambda")
     work = by_tensor(penalty.terms())
     tensors = [terms[0].tensor for terms in work]
     before = [tensor.detach().clone() for tensor in tensors]
+    free = [_unpenalized(terms) for terms in work]
+    with _lams_kept(penalty):
+        try:
+            with torch.no_grad():
+                for terms, tensor, kept in zip(work, tensors, free, strict=True):
+                    center = terms[0].center
+                    zero = torch.zeros_like(tensor) if center is None else center
+                    tensor.copy_(zero if kept is None else torch.where(kept, tensor, zero))
+            with torch.enable_grad():
+                grads = torch.autograd.grad(loss_fn(), tensors, allow_unused=True)
+            pairs = [
+                (terms, grad if kept is None else grad.masked_fill(kept, 0))
+                for terms, grad, kept in zip(work, grads, free, strict=True)
+                if grad is not None
+            ]
+
+            def stationary(lam: float) -> bool:
+                penalty.lam = lam
+                with torch.no_grad():
+                    return all(bool(maximum([(distance(terms, grad), terms[0].tensor)]) == 0) for terms, grad in pairs)
+
+            if stationary(0.0):
+                return 0.0
+            for terms, grad in pairs:
+                if not bool(grad.isfinite().all()):
+                    raise ValueError(f"the gradient of the loss at zero, of {terms[0].name!r}, is not finite")
+            return math.inf if slope == 0 else _smallest(stationary)
+        finally:
+            with torch.no_grad():
+                for tensor, old in zip(tensors, before, strict=True):
+                    tensor.copy_(old)
+
+
+def _unpenalized(terms: list[Term]) -> Tensor | None:
+    """Which elements of a tensor have weight 0, so that no lambda holds them; None without weights."""
+    weights, grouping = terms[0].weights, terms[0].grouping
+    if weights is not None and isinstance(grouping, NormGrouping):
+        weights = grouping.spread(weights, terms[0].tensor)
+    return None if weights is None else weights == 0
+
+
+@contextmanager
+def _lams_kept(penalty: Penalty) -> Iterator[None]:
+    """Puts the lambda of each group back at the end."""
     lams = [group["lam"] for group in penalty.param_groups]
     try:
-        with torch.no_grad():
-            for terms, tensor in zip(work, tensors, strict=True):
-                center = terms[0].center
-                tensor.copy_(torch.zeros_like(tensor) if center is None else center)
-        with torch.enable_grad():
-            grads = torch.autograd.grad(loss_fn(), tensors, allow_unused=True)
-        pairs = [(terms, grad) for terms, grad in zip(work, grads, strict=True) if grad is not None]
-
-        def stationary(lam: float) -> bool:
-            penalty.lam = lam
-            with torch.no_grad():
-                return all(bool(maximum([(distance(terms, grad), terms[0].tensor)]) == 0) for terms, grad in pairs)
-
-        if stationary(0.0):
-            return 0.0
-        return math.inf if slope == 0 else _smallest(stationary)
+        yield
     finally:
-        with torch.no_grad():
-            for tensor, old in zip(tensors, before, strict=True):
-                tensor.copy_(old)
         for group, lam in zip(penalty.param_groups, lams, strict=True):
             group["lam"] = lam
 
 
+def _refuse_sum(penalty: Penalty) -> None:
+    if isinstance(penalty, Sum):
+        raise ValueError("a sum has no lambda of its own: ask for one of its .penalties")
+
+
 def _smallest(holds: Callable[[float], bool]) -> float:
-    """The smallest number, to the last digit, from which on `holds`; it does not at 0."""
+    """The smallest number, to the last digit, from which on `holds`; it does not at 0. Infinite if there is none."""
     high = 1.0
     while not holds(high):
         high *= 2
+        if high == math.inf:
+            return high
     low = 0.0
     while low < (middle := (low + high) / 2) < high:
         low, high = (low, middle) if holds(middle) else (middle, high)
@@ -107,16 +144,19 @@ class Path:
 
     @property
     def best(self) -> float:
-        """The lambda with the highest mean score; of equals the largest."""
-        mean = self._mean()
-        return max(lam for lam, score in zip(self.lams, mean.tolist(), strict=True) if score == mean.max())
+        """The lambda with the highest mean score; of equals the largest. One with a score of NaN is never the best.
+
+        Raises:
+            ValueError: there are no scores, or each lambda has one that is NaN.
+        """
+        return max(self._ranked())[1]
 
     @property
     def best_1se(self) -> float:
         """The largest lambda whose mean score is within one standard error of the best one's (ddof 1)."""
-        mean = self._mean()
-        least = mean.max() - self._standard_errors()[self.lams.index(self.best)]
-        return max(lam for lam, score in zip(self.lams, mean.tolist(), strict=True) if score >= least)
+        top, best = max(self._ranked())
+        error = self._standard_errors()[self.lams.index(best)].nan_to_num(0.0)  # of infinite scores there is none
+        return max(lam for score, lam in self._ranked() if score >= top - error.item())
 
     def plot(self, file: str | File) -> None:
         """Draw weights (of many, the share of zeros by parameter) and scores with their errors against lambda.
@@ -129,8 +169,9 @@ class Path:
         """
         with needed("Path.plot needs matplotlib", "examples"):
             from matplotlib.figure import Figure
-        figure = Figure(figsize=(11 if self.scores is not None else 6, 4), layout="constrained")
-        axes = figure.subplots(1, 1 if self.scores is None else 2, squeeze=False)[0]
+        columns = 1 if self.scores is None else 2
+        figure = Figure(figsize=(1 + 5 * columns, 4), layout="constrained")
+        axes = figure.subplots(1, columns, squeeze=False)[0]
         flat = [torch.cat([s[name].flatten().cpu() for name in self.penalized]) for s in self.states]
         if flat[0].numel() <= 50:
             axes[0].plot(self.lams, torch.stack(flat).numpy())
@@ -142,11 +183,15 @@ class Path:
             axes[0].set(xlabel="lambda", ylabel="share of exact zeros", xscale="log", title="sparsity by parameter")
             axes[0].legend(fontsize="small")
         if self.scores is not None:
-            axes[1].errorbar(self.lams, self._mean(), self._standard_errors(), capsize=3)
-            axes[1].axvline(self.best, color="0.3", linestyle="--", label=f"best {self.best:.3g}")
-            axes[1].axvline(self.best_1se, color="0.3", linestyle=":", label=f"one standard error {self.best_1se:.3g}")
+            mean = self._mean()
+            finite = mean.masked_fill(mean.isinf(), math.nan)  # which is a gap in the line
+            axes[1].errorbar(self.lams, finite, self._standard_errors(), capsize=3)
+            if not mean.isnan().all():
+                best, best_1se = self.best, self.best_1se
+                axes[1].axvline(best, color="0.3", linestyle="--", label=f"best {best:.3g}")
+                axes[1].axvline(best_1se, color="0.3", linestyle=":", label=f"one standard error {best_1se:.3g}")
+                axes[1].legend(fontsize="small")
             axes[1].set(xlabel="lambda", ylabel="score", xscale="log", title="cross-validation")
-            axes[1].legend(fontsize="small")
         figure.savefig(file)
 
     def _mean(self) -> Tensor:
@@ -154,6 +199,13 @@ class Path:
             raise ValueError("without folds and a score there is no best lambda")
         mean: Tensor = self.scores.mean(dim=1)
         return mean
+
+    def _ranked(self) -> list[tuple[float, float]]:
+        """Mean score and lambda, without those whose mean is NaN."""
+        ranked = [(x, lam) for x, lam in zip(self._mean().tolist(), self.lams, strict=True) if not math.isnan(x)]
+        if not ranked:
+            raise ValueError("each lambda has a score that is NaN: there is no best; look at `scores`")
+        return ranked
 
     def _standard_errors(self) -> Tensor:
         scores = self.scores if self.scores is not None else torch.zeros(0, 1)
@@ -179,11 +231,12 @@ def regularization_path(
     """The solutions for each lambda, each warm-started from the last; cross-validated where `folds` are given.
 
     For all data, and then for each fold, the model starts from the weights that it has now, and goes through the
-    lambdas. The model and the penalty are left as they were.
+    lambdas. The model and the penalty are left as they were, each group with its own lambda, if something raises too.
 
     Args:
         model: the model.
-        penalty: on the model's parameters; its `lam` is set.
+        penalty: on the model's parameters; all its groups get the same lambda, as by setting `penalty.lam`. For groups
+            in proportion, give one of them `weights`.
         fit: `fit(model, penalty, train_indices)` trains the model, with the penalty as it is; without folds the indices
             are None, for all data.
         lams: the lambdas, in any order.
@@ -191,12 +244,15 @@ def regularization_path(
         score: `score(model, test_indices)` is a number, higher is better.
         order: `"down"`, from the largest, for convex models; `"up"`, from dense to sparse, for networks, whose
             all-zero layers have no gradient to leave zero by.
-        checkpoint: a file in which each solution is saved, and from which an interrupted path goes on.
+        checkpoint: a file in which each solution is saved, and from which an interrupted path goes on, if it is over
+            the same lambdas and folds, in the same order, with a penalty, score and model that look the same.
         progress: show a progress bar (tqdm).
 
     Raises:
-        ValueError: an unknown order; no lambda, or one that is negative or not finite; folds without a score.
+        ValueError: an unknown order; no lambda, or one that is negative or not finite; folds without a score; a sum; a
+            checkpoint of another path.
     """
+    _refuse_sum(penalty)
     if order not in ("down", "up"):
         raise ValueError(f"order must be 'down' or 'up', not {order!r}")
     if (folds is None) != (score is None):
@@ -208,45 +264,61 @@ def regularization_path(
     splits = [] if folds is None else list(folds)
     if splits:
         path.scores = torch.full((len(path.lams), len(splits)), math.nan, dtype=torch.float64)
-    start, lam = _copied(model), penalty.lam
-    done = _Checkpoint(checkpoint, path)
     runs = list(enumerate([(None, None), *splits]))
     jobs = [(run, train, test, step) for run, (train, test) in runs for step in range(len(path.lams))]
-    for run, train, test, step in with_progress_bar(jobs, "regularization path") if progress else jobs:
-        if step == 0:
+    start = _copied(model)
+    with _lams_kept(penalty):
+        try:
+            penalty.lam = path.lams[0]
+            premises = {
+                "lambdas": path.lams,
+                "folds": [[_digest(train), _digest(test)] for train, test in splits],
+                "score": getattr(score, "__qualname__", type(score).__qualname__),
+                "penalty": [repr(penalty), *path.penalized, *_settings(penalty)],
+                "model": [f"{name}: {list(getattr(value, 'shape', []))}" for name, value in start.items()],
+            }
+            done = _Checkpoint(checkpoint, premises)
+            for run, train, test, step in with_progress_bar(jobs, "regularization path") if progress else jobs:
+                if step == 0:
+                    model.load_state_dict(start)
+                penalty.lam = path.lams[step]
+                state, value = done.get(run, step)
+                if state is None:
+                    fit(model, penalty, train)
+                    state, value = _copied(model), score(model, test) if run and score is not None else math.nan
+                    done.put(run, step, state, value)
+                model.load_state_dict(state)
+                if run == 0:
+                    path.states.append(state)
+                    path.nonzeros.append(sum(int(w.count_nonzero()) for _, w in penalty.named_parameters_penalized()))
+                elif path.scores is not None:
+                    path.scores[step, run - 1] = value
+        finally:
             model.load_state_dict(start)
-        penalty.lam = path.lams[step]
-        state, value = done.get(run, step)
-        if state is None:
-            fit(model, penalty, train)
-            state, value = _copied(model), score(model, test) if run and score is not None else math.nan
-            done.put(run, step, state, value)
-        model.load_state_dict(state)
-        if run == 0:
-            path.states.append(state)
-            path.nonzeros.append(sum(int(w.count_nonzero()) for _, w in penalty.named_parameters_penalized()))
-        elif path.scores is not None:
-            path.scores[step, run - 1] = value
-    model.load_state_dict(start)
-    penalty.lam = lam
     return path
 
 
 class _Checkpoint:
-    """What a path has found so far, in a file: for each run its scores, and for all data each state, else the last."""
+    """What a path has found so far, in a file: for each run and lambda the state and the score.
 
-    def __init__(self, file: str | File | None, path: Path) -> None:
+    Args:
+        file: where; None keeps nothing.
+        premises: what the path is over, by name: what a file found there must agree with.
+    """
+
+    def __init__(self, file: str | File | None, premises: dict[str, Any]) -> None:
         self.file = None if file is None else File(file)
-        self.found: dict[str, Any] = {"lams": path.lams, "states": {}, "values": {}}
+        self.found: dict[str, Any] = {"premises": premises, "states": {}, "values": {}}
         if self.file is not None and self.file.exists():
             found = torch.load(self.file, weights_only=True)
-            if found["lams"] != path.lams:
-                raise ValueError(f"{self.file} holds a path over other lambdas; give another file")
+            known = found.get("premises", {})
+            other = [name for name, value in premises.items() if known.get(name) != value]
+            if other:
+                raise ValueError(f"{self.file} holds a path with other {', '.join(other)}; give another file")
             self.found = found
 
     def get(self, run: int, step: int) -> tuple[dict[str, Tensor] | None, float]:
-        key = f"{run}.{step}"
-        return self.found["states"].get(key), self.found["values"].get(key, math.nan)
+        return self.found["states"].get(f"{run}.{step}"), self.found["values"].get(f"{run}.{step}", math.nan)
 
     def put(self, run: int, step: int, state: dict[str, Tensor], value: float) -> None:
         if self.file is None:
@@ -259,12 +331,20 @@ class _Checkpoint:
 
 
 def _copied(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+    return {
+        name: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)  # what a module adds
+        for name, value in model.state_dict().items()
+    }
 
 
-def with_progress_bar(jobs: list[Any], name: str) -> Iterable[Any]:
-    """The jobs, with a bar that shows how many are done."""
-    with needed("progress=True needs tqdm", "examples"):
-        from tqdm import tqdm
-    bar: Iterable[Any] = tqdm(jobs, desc=name)
-    return bar
+def _digest(indices: Indices) -> str:
+    """Tells indices from others by their values; of an object that does not show any, the type."""
+    values = indices.tolist() if hasattr(indices, "tolist") else indices
+    shown = repr(values) if isinstance(values, Sequence | slice) else type(values).__qualname__
+    return hashlib.sha256(shown.encode()).hexdigest()
+
+
+def _settings(penalty: Penalty) -> list[str]:
+    """Its numbers and names, such as `l1_ratio` and `groups`."""
+    shown = {name: value for name, value in vars(penalty).items() if isinstance(value, int | float | str)}
+    return [f"{name}={value!r}" for name, value in shown.items() if not name.startswith("_") and name != "training"]

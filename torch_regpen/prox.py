@@ -35,14 +35,21 @@ class Step(NamedTuple):
     Attributes:
         size: the step: a number, a 0-dim tensor, or a tensor of the parameter's shape.
         cap: the most that one step may shrink an element, where the optimizer normalises its steps; else None.
+        unseen: for each element whether it has had no gradient yet, where the optimizer keeps that; else None.
     """
 
     size: float | Tensor
     cap: float | Tensor | None = None
+    unseen: Tensor | None = None
+
+    @property
+    def by_element(self) -> bool:
+        """Whether there is one for each element."""
+        return isinstance(self.size, Tensor) and self.size.ndim > 0
 
     def part(self, take: Take) -> Step:
         """The step of what `take` takes of the parameter."""
-        return self._replace(size=take(self.size))
+        return self._replace(size=take(self.size), unseen=take(self.unseen))
 
 
 class Sized(Protocol):
@@ -52,6 +59,10 @@ class Sized(Protocol):
     def size(self) -> float | Tensor: ...
     @property
     def cap(self) -> float | Tensor | None: ...
+    @property
+    def by_element(self) -> bool: ...
+    @property
+    def unseen(self) -> Tensor | None: ...
     def part(self, take: Take) -> Sized: ...
 
 

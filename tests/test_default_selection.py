@@ -252,3 +252,23 @@ def test_heads_are_cut_in_the_projections_of_attention_only():
 def test_another_number_of_heads_than_the_layer_has_is_refused():
     with pytest.raises(ValueError, match=r"in_proj_weight.*Heads\(2\).*4 heads"):
         GroupLasso(nn.MultiheadAttention(8, 4), 0.1, groups=Heads(2))
+
+
+class OwnAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(8, 24, bias=False)
+
+
+def test_a_layer_that_nobody_knows_is_taken_to_stack_q_k_and_v_and_it_says_so():
+    layer = OwnAttention()
+    with pytest.warns(UserWarning, match=r"OwnAttention.*Heads\(4, dim=0\)"):
+        stacked = GroupLasso(layer, 1.0, groups=Heads(4))
+    w = layer.qkv.weight.detach()
+    by_head = [torch.cat([part.chunk(4)[h] for part in w.chunk(3)]) for h in range(4)]
+    torch.testing.assert_close(stacked().detach(), sum(48**0.5 * head.norm() for head in by_head))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one_by_one = GroupLasso(layer, 1.0, groups=Heads(4, dim=0))
+        GroupLasso(nn.ModuleDict({"own": nn.MultiheadAttention(8, 4)}), 1.0, groups=Heads(4))
+    torch.testing.assert_close(one_by_one().detach(), sum(48**0.5 * head.norm() for head in w.chunk(4)))

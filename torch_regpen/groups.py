@@ -264,7 +264,8 @@ class Heads(NormGrouping):
 
     Args:
         n: the number of heads, 1 or more; a dimension that it does not divide raises `ValueError`.
-        dim: the dimension along which the heads lie; None goes by the layer, and is 0 where there is none.
+        dim: the dimension along which the heads lie; None goes by the layer, and is 0 where there is none. A layer of
+            your own whose `qkv` stacks head by head needs it: without, q, k and v are taken to lie one after another.
         scale: False takes the norm in place of the root mean square and counts each head once.
     """
 

@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .groups import Grouping, Groups, Heads, Slices, Units, resolve
 from .lookup import Slot
+from .warn import warn
 
 __all__ = ["MULTIPLYING", "grouping_of", "is_attention_projection", "recurrent_partner", "transformers_conv1d"]
 
@@ -45,6 +46,15 @@ PROJECTIONS = {
     **dict.fromkeys(("qkv", "qkv_proj", "to_qkv", "Wqkv", "c_attn", "in_proj_weight"), 3),
     "query_key_value": 0,
 }
+LIBRARIES = ("torch", "torchvision", "timm", "transformers")  # whose layers stack whole q, k and v, but for
+HEAD_BY_HEAD = (  # these; and those that have a true `head_first`
+    "timm.layers.halo_attn.HaloAttn",
+    "timm.models.efficientformer.Attention",
+    "timm.models.tiny_vit.Attention",
+    "transformers.models.gpt_bigcode.modeling_gpt_bigcode.GPTBigCodeAttention",
+    "transformers.models.minimax.modeling_minimax.MiniMaxLightningAttention",
+)
+SPLIT_OVER_DEVICES = ("transformers.models.codegen.modeling_codegen.CodeGenAttention",)
 QUERIES = ("q", "query", "to_q", "q_proj", "q_lin", "query_proj", "linear_q")
 SHARED = ("k", "v", "key", "value", "to_k", "to_v", "k_proj", "v_proj", "k_lin", "v_lin", "key_proj", "value_proj")
 OUTPUTS = ("out_proj", "o_proj", "proj", "c_proj", "o", "dense", "out_lin", "to_out", "linear_out")
@@ -100,7 +110,9 @@ def recurrent_partner(slot: Slot) -> torch.Tensor | None:
 
 def _holds_experts(slot: Slot) -> bool:
     """Whether a raw parameter is a stack of the weights of experts."""
-    return slot.owner is not None and "expert" in (type(slot.owner).__name__ + slot.name.rpartition(".")[0]).lower()
+    if slot.owner is None or isinstance(slot.owner, MULTIPLYING):
+        return False
+    return "expert" in f"{type(slot.owner).__name__} {slot.name}".lower()
 
 
 def _transposed_experts(slot: Slot, shape: torch.Size) -> bool:
@@ -145,8 +157,11 @@ def _heads(heads: Heads, slot: Slot, shape: torch.Size, scale: bool) -> Grouping
     layer = _Attention(slot)
     layer.check(heads.n)
     rows, inputs = shape[along], shape[1 - along]
-    if PROJECTIONS.get(name, 1) != 1:
-        before, n = layer.stacked(PROJECTIONS[name], heads.n, rows, inputs)
+    parts = PROJECTIONS.get(name, 1)
+    if parts > 1 and not layer.known and heads.dim is not None:
+        return heads
+    if parts != 1:
+        before, n = layer.stacked(parts, heads.n, rows, inputs)
     else:
         before, n = 1, layer.shared_heads(heads.n, rows) if name in SHARED else heads.n
     if rows % (before * n):
@@ -166,7 +181,12 @@ class _Attention:
         self.modules = list(reversed(slot.ancestors))
         self.heads = self._number("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead")
         self.size = self._number("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
-        parent = slot.ancestors[-2] if len(slot.ancestors) > 1 else slot.ancestors[-1]
+        # The projection is a layer of its own in the attention layer, or a parameter of that.
+        parent = slot.ancestors[-2 if slot.key == "weight" and len(slot.ancestors) > 1 else -1]
+        kind = type(parent)
+        self.kind = f"{kind.__module__}.{kind.__qualname__}"
+        self.known = self.kind.split(".")[0] in LIBRARIES
+        self.head_by_head = self.kind in HEAD_BY_HEAD or getattr(parent, "head_first", False) is True
         queries = (parent._modules.get(key) for key in QUERIES)
         weights = (getattr(query, "weight", None) for query in queries)
         self.query_rows = next((len(w) for w in weights if isinstance(w, torch.Tensor) and w.ndim > 1), None)
@@ -194,6 +214,13 @@ class _Attention:
 
     def stacked(self, parts: int, n: int, rows: int, inputs: int) -> tuple[int, int]:
         """How many parts of `n` heads are stacked: of q, k and v, of k and v, or one where they lie head by head."""
+        if self.kind in SPLIT_OVER_DEVICES:
+            raise ValueError(f"{self.kind} mixes the rows of its heads; leave the parameter out with exclude=")
+        if not self.known:
+            warn(
+                f"Heads({n}): how {self.kind} stacks its heads is not known; they are taken to lie in q, then in k, "
+                f"then in v. If it stacks head by head, say Heads({n}, dim=0)"
+            )
         size = self.size if self.size is not None else inputs // n
         found = 2 if parts == 3 and rows == 2 * n * size and self._number("is_cross_attention") else parts or 3
         if rows != found * n * size:
@@ -201,4 +228,4 @@ class _Attention:
                 f"{rows} outputs are not {found} times {n} heads of {size}: queries share keys and values here, or the "
                 "heads lie in an order that is not known. Leave the parameter out with select= or exclude="
             )
-        return (found if parts else 1), n
+        return (found if parts and not self.head_by_head else 1), n

@@ -369,8 +369,14 @@ def test_dead_units_are_those_of_the_methods_own_penalty():
         def rho_prox(self, u, t):
             return 0 * u
 
-    comparison = compare({"first": (partial(Ones, select="0.weight"), "proximal")}, LAMS, **SETUP)
+    def killing(model, *args):
+        fit(model, *args)
+        with torch.no_grad():
+            model[2].weight.zero_()
+
+    comparison = compare({"first": (partial(Ones, select="0.weight"), "proximal")}, LAMS, **SETUP | {"fit": killing})
     assert [trial.dead for trial in comparison.at("first")] == [4] * 3  # the layer after it is not asked
+    assert [trial.dead for trial in comparison.at("plain")] == [1] * 3
 
 
 def test_activities_are_a_method_too(tmp_path):

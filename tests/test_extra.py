@@ -365,7 +365,7 @@ def test_a_compiled_model_is_watched_as_any_other():
     assert model[0].weight.grad is not None
 
 
-def test_one_that_is_added_to_a_compiled_model_sees_it_and_once_removed_does_not():
+def test_added_to_a_compiled_model_it_sees_it_and_removed_it_does_not():
     model, x = network(), torch.randn(5, 3, dtype=torch.float64)
     compiled, step = torch.compile(model, backend="eager"), torch.compile(lambda: model(x), backend="eager")
     expected = size("l1", *(model[: i + 1](x) for i in range(3))).item()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_regpen import L0, L1, L2, MCP, Penalty
+from torch_regpen import L0, L1, L2, MCP, ActivityPenalty, Penalty
 from torch_regpen.compare import Comparison, Trial, compare
 
 LAMS = [0.1, 0.01]
@@ -257,6 +257,7 @@ def test_the_plot_is_a_picture(tmp_path):
         ({"a": (L1, "loss")}, LAMS, [1], "given 2 lambdas and 1 seeds"),
         ({"a": (L1, "loss")}, [-1.0], [1, 2], "-1"),
         ({"a": (partial(L1, select="nowhere"), "loss")}, LAMS, [1, 2], "nowhere"),
+        ({"a": ("proximal", L1)}, LAMS, [1, 2], "'a' is to be applied by <class"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(methods, lams, seeds, message):
@@ -265,6 +266,137 @@ def test_what_cannot_work_is_refused_before_training(methods, lams, seeds, messa
 
     with pytest.raises(ValueError, match=message):
         compare(methods, lams, **SETUP | {"fit": never, "seeds": seeds})
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ({"a": L1}, r"a method is a name and \(penalty, how\), as in 'sparse': \(L1, 'proximal'\); not 'a': <class"),
+        ({"a": (L1,)}, "not 'a': "),
+        ({"a": "L1"}, "not 'a': 'L1'"),
+        ({3: (L1, "loss")}, "not 3: "),
+        ([("a", L1, "loss")], "a dict of name to .*, not a list"),
+        ({"a": (L1(nn.Linear(2, 2), 0.1), "proximal")}, "'a' has a L1 where something that makes .*: a class, as L1"),
+        ({"a": (0.1, "proximal")}, "'a' has a float where"),
+        ({"a": (lambda model, lam: None, "loss")}, "'a' is to make a penalty, and made a NoneType"),
+        ({"a": (lambda model, lam: L1, "proximal")}, "'a' is to make a penalty, and made a "),
+    ],
+)
+def test_what_is_no_method_is_refused_before_training(methods, message):
+    with pytest.raises(TypeError, match=message):
+        compare(methods, LAMS, **SETUP | {"fit": lambda *_: pytest.fail("trained")})
+
+
+@pytest.mark.parametrize(
+    ("result", "error", "message"),
+    [
+        ({"test": 1.0}, ValueError, r"it returned \['test'\], without \['validation'\]"),
+        ({"validation": 1.0}, ValueError, r"without \['test'\]"),
+        ({}, ValueError, r"without \['validation', 'test'\]"),
+        (0.5, TypeError, "a dict of numbers by name, not a float"),
+        (None, TypeError, "a dict of numbers by name, not a NoneType"),
+        ({"validation": 1.0, "test": "good"}, ValueError, "good"),
+    ],
+)
+def test_a_score_that_cannot_be_used_shows_before_training(result, error, message):
+    with pytest.raises(error, match=message):
+        compare({}, LAMS, **SETUP | {"score": lambda *_: result, "fit": lambda *_: pytest.fail("trained")})
+
+
+def test_scores_may_be_tensors(tmp_path):
+    def tensors(model, data):
+        return {name: torch.tensor(value) for name, value in score(model, data).items()}
+
+    comparison, expected = (compare({}, [0.1], **SETUP | {"score": f}) for f in (tensors, score))
+    assert [trial.scores for trial in comparison.trials] == [trial.scores for trial in expected.trials]
+    comparison.to_csv(tmp_path / "trials.csv")
+    assert "tensor" not in (tmp_path / "trials.csv").read_text()
+
+
+def test_an_error_says_in_which_training_it_was_raised():
+    def breaking(model, optimizer, penalty, data):
+        if optimizer.param_groups[0]["weight_decay"] > 0.1:
+            raise FloatingPointError("the loss is NaN")
+
+    with pytest.raises(
+        RuntimeError, match=r"'weight_decay' at lambda 0\.1, seed \d, raised FloatingPointError: the loss"
+    ):
+        compare({}, LAMS, **SETUP | {"fit": breaking})
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["weight_decay", "everywhere"])
+def test_scores_and_weights_that_are_not_finite_stop_nothing(bad, where, tmp_path):
+    def scoring(model, data):
+        broken = where == "everywhere" or not model[0].weight.isfinite().all()
+        return {"validation": bad, "test": bad} if broken else score(model, data)
+
+    def diverging(model, optimizer, penalty, data):
+        if optimizer.param_groups[0]["weight_decay"] > 0:
+            with torch.no_grad():
+                model[0].weight[0] = bad
+        optimizer.step()
+
+    def run():
+        return compare({"sparse": (L1, "proximal")}, LAMS, **SETUP | {"fit": diverging, "score": scoring})
+
+    if math.isnan(bad):
+        with pytest.warns(UserWarning, match="'weight_decay' has a validation score of NaN at each lambda"):
+            comparison = run()
+    else:
+        comparison = run()
+    assert comparison.chosen["weight_decay"] == (0.01 if math.isnan(bad) else 0.1)
+    assert str(bad) in str(comparison)
+    assert all(trial.scores.keys() == comparison.trials[0].scores.keys() for trial in comparison.trials)
+    comparison.to_csv(tmp_path / "trials.csv")
+    pytest.importorskip("matplotlib")
+    comparison.plot(tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_scipy_the_table_has_no_intervals(monkeypatch):
+    comparison = compare({"sparse": (L1, "proximal")}, LAMS, **SETUP)
+    mean = comparison.difference("sparse").mean
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    assert f"{mean:+.2g} [no SciPy]" in str(comparison)
+
+
+def test_dead_units_are_those_of_the_methods_own_penalty():
+    class Ones(Penalty):
+        def rho(self, u):
+            return u
+
+        def rho_prox(self, u, t):
+            return 0 * u
+
+    def killing(model, *args):
+        fit(model, *args)
+        with torch.no_grad():
+            model[2].weight.zero_()
+
+    comparison = compare({"first": (partial(Ones, select="0.weight"), "proximal")}, LAMS, **SETUP | {"fit": killing})
+    assert [trial.dead for trial in comparison.at("first")] == [4] * 3  # the layer after it is not asked
+    assert [trial.dead for trial in comparison.at("plain")] == [1] * 3
+
+
+def test_activities_are_a_method_too(tmp_path):
+    pytest.importorskip("tensorboard")
+    comparison = compare({"activity": (ActivityPenalty, "loss")}, LAMS, **SETUP, logdir=tmp_path)
+    assert scores(comparison, "activity", 0.1) != scores(comparison, "plain")
+
+
+ODD = ["a b", "a_b", "A_B", "a/b", "..", "", "x" * 300, "x" * 299 + "y", "L1: 5%\n\x1b[2J", "\u00fc" * 200, "a_b_2"]
+
+
+def test_every_name_has_a_folder_of_its_own(tmp_path):
+    pytest.importorskip("tensorboard")
+    methods = dict.fromkeys(ODD, (L1, "loss"))
+    compare(methods, [0.1, 0.1 + 1e-9], **SETUP | {"fit": lambda *_: None}, logdir=tmp_path / "runs")
+    folders = {folder.name.casefold() for folder in (tmp_path / "runs" / "chosen").iterdir()}
+    assert len(folders) == len(ODD) + 2
+    assert all(any(folder.iterdir()) for folder in (tmp_path / "runs" / "chosen").iterdir())
+    assert len(list((tmp_path / "runs" / "lambdas").iterdir())) == 2 * (len(ODD) + 1) + 1
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
 @pytest.mark.parametrize(

@@ -425,7 +425,7 @@ NAN, INF = math.nan, math.inf
         ([[1.0, 1.0], [INF, INF], [NAN, INF]], 2.0, 2.0),
     ],
 )
-def test_a_score_of_nan_is_never_the_best(scores, best, best_1se, tmp_path):
+def test_a_score_of_nan_is_never_the_best(scores, best, best_1se):
     path = Path([4.0, 2.0, 1.0], scores=torch.tensor(scores, dtype=torch.float64))
     assert (path.best, path.best_1se) == (best, best_1se)
 

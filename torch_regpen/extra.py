@@ -211,7 +211,7 @@ class ActivityPenalty(nn.Module):
                 "leave it out with `select`"
             )
         a, samples = _activations(name, module, output)
-        a = a.clone().abs().to(working_dtype(a.dtype))
+        a = (a.float() if a.dtype == torch.bool else a.clone()).abs().to(working_dtype(a.dtype))
         size = (a if self.kind == "l1" else a.square()).sum() / max(samples, 1)
         if again:
             return

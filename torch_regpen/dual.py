@@ -6,6 +6,7 @@ The gap `d` and the sum of the steps `S` lie in the optimizer's state of the par
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,7 @@ from .prox import Sized, limit, prox
 from .sharding import local, on_parts
 from .terms import Bundle, Term, pieces
 
-__all__ = ["GAP", "STEPS", "average_", "counted", "latent_terms", "make_gap", "reset"]
+__all__ = ["GAP", "STEPS", "average_", "counted", "drop_others", "latent_terms", "make_gap", "reset"]
 
 GAP = "gap"
 STEPS = "gap_steps"
@@ -46,6 +47,18 @@ def reset(states: Sequence[State]) -> None:
     kept = [local(state[name]) for state in states for name in (GAP, STEPS) if name in state]
     if kept:
         torch._foreach_zero_(kept)
+
+
+def drop_others(states: Sequence[State], keep: bool) -> None:
+    """Drop from loaded states what does not go on: of earlier versions, and the gaps where the mode is another."""
+    names = ("latent", "latent_steps") if keep else ("latent", "latent_steps", GAP, STEPS)
+    dropped = {name for state in states for name in names if state.pop(name, None) is not None}
+    if "latent" in dropped and keep:
+        warnings.warn(
+            "the state is of an earlier version, which kept latent weights in place of gaps: they are dropped, and the "
+            "average of the dual mode begins anew at the weights as they are",
+            stacklevel=3,
+        )
 
 
 def average_(bundle: Bundle, states: Sequence[State], steps: Sequence[Sized]) -> None:

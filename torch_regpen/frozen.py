@@ -2,56 +2,154 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+import operator
+from collections.abc import Iterable, MutableMapping
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .dual import GAP, STEPS
 from .groups import largest
 from .sharding import local, maximum
+from .terms import Bundle, Term
 
-__all__ = ["FROZEN", "FrozenZeros", "all_zero"]
+__all__ = ["OWN", "SURVIVORS", "FrozenZeros"]
 
-# In a param_group, so that it travels in the optimizer's state dict: the indices of its parameters whose zeros hold.
-FROZEN = "zeros_frozen"
+FROZEN = "zeros_frozen"  # in a param_group: its zeros are frozen
+SURVIVORS = "survivors"  # in the state of a parameter: a mask, False where it is held; or 0-dim, for all of it
+STEPPED = (
+    "stepped"  # in the state of a parameter that is zero, for which the optimizer keeps nothing: training made it so
+)
+OWN = (GAP, STEPS, SURVIVORS)  # the tensors that the package keeps in the state of a parameter
 
-OWN = (GAP, STEPS)  # what the package keeps in the optimizer's state
+
+class ByTensor(WeakTensorKeyDictionary):
+    """What is kept for tensors, as long as they live; a copy has it for the copies of the tensors."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MutableMapping[Tensor, Any]:
+        return _by_tensor(copy.deepcopy(self.__reduce__()[1][0], memo))
+
+    def __reduce__(self) -> Any:
+        items: Iterable[tuple[Tensor, Any]] = self.items()  # type: ignore[no-untyped-call]
+        return _by_tensor, (list(items),)
+
+
+def _by_tensor(items: Iterable[tuple[Tensor, Any]] = ()) -> MutableMapping[Tensor, Any]:
+    found: MutableMapping[Tensor, Any] = ByTensor()
+    found.update(items)
+    return found
 
 
 class FrozenZeros:
-    """Where the zeros are that are to stay zero, found in each parameter when they are first needed."""
+    """Which elements of the penalized parameters are held at zero; around a center, at their center.
 
-    def __init__(self) -> None:
-        self._masks: dict[int, Tensor] = {}
+    A mask lies in the optimizer's state of its parameter, and until there is one, here: what an optimizer finds there
+    before its first step, it takes for its own.
+    """
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_masks": {}}  # in a copy the same ids may mean other tensors; the zeros are found anew
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._early = _by_tensor()
+        self._stepped = _by_tensor()
+        self._noted: list[list[Tensor]] = []
 
-    def silence(self, parameter: Tensor, state: dict[str, Any]) -> None:
-        """Take the gradient off the zeros of a parameter, and the first time the optimizer's state too.
+    @property
+    def on(self) -> bool:
+        """Whether zeros are frozen."""
+        return any(FROZEN in group for group in self._optimizer.param_groups)
 
-        Momentum and moments would otherwise push pruned weights on for ever.
-        """
-        if id(parameter) not in self._masks:
-            zeros = self._masks[id(parameter)] = local(parameter) == 0
-            for name, value in state.items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape and name not in OWN:
-                    local(value).masked_fill_(zeros, 0)
-        if parameter.grad is not None and not parameter.grad.is_sparse:
-            local(parameter.grad).masked_fill_(self._masks[id(parameter)], 0)
-
-    def hold(self, parameters: Iterable[Tensor]) -> None:
-        """Put the zeros back, wherever an update has moved them all the same."""
-        for parameter in parameters:
-            if id(parameter) in self._masks:
-                local(parameter).masked_fill_(self._masks[id(parameter)], 0)
+    def freeze(self, penalized: Iterable[list[Term]]) -> None:
+        """Hold the zeros of these parameters; the optimizer's state is zeroed with them."""
+        for group in self._optimizer.param_groups:
+            group[FROZEN] = True
+        for terms in penalized:
+            self._find(terms, self._was_stepped(terms[0].tensor))
 
     def thaw(self) -> None:
-        """Forget them."""
-        self._masks.clear()
+        """Hold none."""
+        for group in self._optimizer.param_groups:
+            group.pop(FROZEN, None)
+        for state in self._optimizer.state.values():
+            state.pop(SURVIVORS, None)
+        self._early.clear()
+
+    def silence(self, active: list[Bundle]) -> None:
+        """Take the gradient off what is held: momentum and moments would otherwise push it on for ever."""
+        for bundle in active if self.on else []:
+            for terms in bundle.each if FROZEN in bundle.group else []:
+                w = terms[0].tensor
+                survivors = self._survivors(w)
+                if survivors is None:  # it was frozen before its first step, and comes from a checkpoint
+                    survivors = self._find(terms, self._was_stepped(w))
+                if w.grad is not None and not w.grad.is_sparse:
+                    local(w.grad).masked_fill_(~local(survivors), 0)
+
+    def hold(self, active: list[Bundle]) -> None:
+        """Put back what an update has moved all the same."""
+        for bundle in active if self.on else []:
+            for terms in bundle.each:
+                w, center = terms[0].tensor, _center(terms)
+                survivors = self._survivors(w)
+                if survivors is None:
+                    continue
+                if center is None:
+                    local(w).masked_fill_(~local(survivors), 0)
+                else:
+                    local(w).copy_(torch.where(local(survivors), local(w), local(center)))
+
+    def note(self, active: list[Bundle]) -> None:
+        """Remember which parameters have been in a step, and put the masks that wait for it into their states."""
+        if torch.compiler.is_compiling():
+            return
+        now = [bundle.tensors for bundle in active]
+        if len(now) != len(self._noted) or not all(map(operator.is_, now, self._noted)) or self._early:
+            self._noted = now
+            for w in (w for tensors in now for w in tensors):
+                self._stepped[w] = True
+                if w in self._early:
+                    self._optimizer.state[w][SURVIVORS] = self._early.pop(w)
+
+    def mark_stepped(self) -> None:
+        """Leave word in the optimizer's state, for a checkpoint, that training has made a parameter zero everywhere."""
+        for w in self._stepped:
+            if not self._optimizer.state.get(w) and all_zero(w):
+                self._optimizer.state[w][STEPPED] = True
+
+    def _was_stepped(self, w: Tensor) -> bool:
+        state = self._optimizer.state.get(w, {})
+        return w in self._stepped or bool(state.get("step", bool(state)))
+
+    def _survivors(self, w: Tensor) -> Tensor | None:
+        state = self._optimizer.state.get(w, {})
+        survivors: Tensor | None = state[SURVIVORS] if SURVIVORS in state else self._early.get(w)
+        return survivors if survivors is None else survivors.to(w.device)
+
+    def _find(self, terms: list[Term], stepped: bool) -> Tensor:
+        """Find the mask of a parameter; one that is zero everywhere and was not stepped yet is left free."""
+        w, center = terms[0].tensor, _center(terms)
+        survivors = w.detach() != (0 if center is None else center)
+        if not stepped:
+            local(survivors).logical_or_(maximum([(largest(local(survivors)), w)]) == 0)
+        state = self._optimizer.state.get(w, {})
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == w.shape and name not in OWN:
+                local(value).masked_fill_(~local(survivors), 0)
+        if state:
+            state[SURVIVORS] = survivors
+        else:
+            self._early[w] = survivors
+        return survivors
 
 
 def all_zero(parameter: Tensor) -> bool:
     """Whether a parameter is zero everywhere, on every rank; reads it back from the device."""
     return bool(maximum([(largest(local(parameter.detach()).abs()), parameter)]) == 0)
+
+
+def _center(terms: list[Term]) -> Tensor | None:
+    """The point at which the terms of a parameter make zeros; None for the origin."""
+    return next((term.center for term in terms if term.linear or term.kind.coefficients is None), None)

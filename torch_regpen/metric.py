@@ -19,7 +19,7 @@ from .groups import largest, working_dtype
 from .multi_tensor import Take
 from .prox import Step
 
-__all__ = ["Metric", "RootStep", "Step", "differs_by_coordinate", "steps_of", "why_not"]
+__all__ = ["Metric", "RootStep", "Step", "differs_by_coordinate", "sets_its_own_step", "steps_of", "why_not"]
 
 Metric = str | Callable[[Optimizer, Tensor, dict[str, Any]], float | Tensor]
 
@@ -104,6 +104,11 @@ def why_not(optimizer: Optimizer) -> str | None:
     if _rule(optimizer) is not None:
         return None
     return next((why for kind, why in WITHOUT.items() if isinstance(optimizer, kind)), "takes an unknown step")
+
+
+def sets_its_own_step(optimizer: Optimizer) -> bool:
+    """Whether it is one of those that find their step size themselves, at lr=1: Prodigy, D-Adaptation."""
+    return _rule(optimizer) is None and any("d" in group for group in optimizer.param_groups)
 
 
 def differs_by_coordinate(optimizer: Optimizer, metric: Metric) -> bool:

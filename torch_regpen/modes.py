@@ -51,10 +51,14 @@ class Coupled(Mode):
 
     def check(self, bundle: Bundle) -> None:
         check_grad(bundle.terms)
+        if hasattr(self.optimizer, "noise_multiplier"):
+            raise ValueError(self._overwrites())
 
     def after_backward(self, active: list[Bundle], first: bool) -> None:
         active = [bundle for bundle in active if not bundle.off]
         for bundle in active:
+            if any(getattr(w, "grad_sample", None) is not None for w in bundle.tensors):
+                raise ValueError(self._overwrites())
             if any(map(attrgetter("is_sparse"), bundle.grads)):
                 name = next(terms[0].name for terms in bundle.each if terms[0].tensor.grad.is_sparse)  # type: ignore[union-attr]
                 raise ValueError(
@@ -63,6 +67,18 @@ class Coupled(Mode):
                 )
         for bundle in active:
             add_grad_(bundle, ascend=bool(bundle.group.get("maximize")))
+
+    def after_update(self, active: list[Bundle]) -> None:
+        for bundle in active:
+            for w, grad in zip(bundle.tensors, bundle.grads, strict=True):
+                if not bundle.off and w.grad is not grad and w.grad is not None:
+                    raise RuntimeError(self._overwrites())
+
+    def _overwrites(self) -> str:
+        return (
+            f"{type(self.optimizer).__name__} puts other gradients in the place of .grad in its step, as those of "
+            "differential privacy do, and the penalty's is lost: use mode='decoupled' or mode='proximal'"
+        )
 
     def added_to_loss(self, active: list[Bundle]) -> Tensor | float:
         value: Tensor | float = 0.0
@@ -94,6 +110,11 @@ class Proximal(Mode):
     """`w = prox(w, s*lam)` after the update."""
 
     def check(self, bundle: Bundle) -> None:
+        if bundle.group.get("line_search_fn"):
+            raise ValueError(
+                f"the line search of {type(self.optimizer).__name__} descends the loss alone, and what it knows of the "
+                "curvature is wrong after a prox: use mode='coupled', which gives it loss + penalty"
+            )
         per_coordinate = differs_by_coordinate(self.optimizer, self.metric)
         check_prox(bundle.terms, per_coordinate)
         if per_coordinate and bundle.tensors[0].is_complex():

@@ -6,6 +6,7 @@ import operator
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import dual
-from .frozen import FROZEN, FrozenZeros, all_zero
-from .metric import Metric, why_not
+from .frozen import OWN, SURVIVORS, FrozenZeros
+from .hooks import hooked, updated
+from .metric import Metric, sets_its_own_step, why_not
 from .modes import MODES, Proximal
 from .penalty import Penalty, Sum
-from .terms import Bundle, Term, bundles
+from .terms import Bundle, Term, bundles, by_tensor
 
 __all__ = ["RegularizedOptimizer"]
 
@@ -70,6 +72,10 @@ class RegularizedOptimizer(Optimizer):
         *,
         metric: Metric = "auto",
     ) -> None:
+        if isinstance(optimizer, RegularizedOptimizer):
+            raise TypeError(
+                "optimizer is a RegularizedOptimizer already; wrap its optimizer once, with a list of all penalties"
+            )
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
         if mode not in MODES:
@@ -83,35 +89,27 @@ class RegularizedOptimizer(Optimizer):
         self._forget_hooks()
         self._warned_in_loss = False
         self._mode = MODES[mode](optimizer, metric)
-        self._zeros = FrozenZeros()
-        self._stepped: set[int] = set()
+        self._zeros = FrozenZeros(optimizer)
         self._known: list[Any] = []  # what `_bundles` was made of
         self._bundles: list[Bundle] = []
         self._check()
         for part in self.penalty.parts:
             part.seen["in_loss"] = False  # a loss that it was in before has nothing to do with this optimizer
 
+    @hooked
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the wrapped optimizer with the penalty; returns what the closure returned, with it where coupled.
 
         Args:
             closure: reevaluates the model and returns the loss, for optimizers that want it.
         """
-        call: tuple[Any, dict[str, Any]] = (self, closure), {}
-        for pre_hook in self._optimizer_step_pre_hooks.values():
-            call = pre_hook(self, *call) or call
-        (_, closure), _ = call
         active: list[Bundle] = []
+        finish = partial(self._after_update, active)
         if closure is None:
             self._after_backward(active)
-            result = self.optimizer.step()
+            result = updated(self.optimizer, finish=finish)
         else:
-            result = self.optimizer.step(self._regularized(closure, active))
-        with torch.no_grad():
-            self._mode.after_update(self._penalized(active))
-            self._zeros.hold(self._frozen())
-        for post_hook in self._optimizer_step_post_hooks.values():
-            post_hook(self, *call)
+            result = updated(self.optimizer, self._regularized(closure, active), finish=finish)
         self._warn_if_in_loss()
         return result
 
@@ -119,18 +117,14 @@ class RegularizedOptimizer(Optimizer):
     def freeze_zeros(self) -> None:
         """End the shrinking: exact zeros of the penalized parameters stay zero, and the penalty is off.
 
-        The weights that survive are then fitted without its bias (debiasing). The optimizer's state is zeroed with the
-        weights; in the dual mode the visible weights are what goes on. A parameter that is zero everywhere and was not
-        stepped yet, such as a LoRA matrix before training, is left free. It travels in `state_dict()`.
+        The weights that survive are then fitted without its bias (debiasing). Around a center, the elements at their
+        center stay there. The optimizer's state is zeroed with the weights; the gaps of the dual mode wait. A parameter
+        that is zero everywhere and was not stepped yet, such as a LoRA matrix before training, is left free. Called
+        again, it holds the zeros that have come since. It travels in `state_dict()`.
         """
-        penalized = {id(parameter) for bundle in self._owned() for parameter in bundle.tensors}
-        for group in self.param_groups:
-            group[FROZEN] = []
-            for index, parameter in enumerate(group["params"]):
-                stepped = id(parameter) in self._stepped or parameter in self.state
-                if id(parameter) in penalized and (stepped or not all_zero(parameter)):
-                    group[FROZEN].append(index)
-                    self._zeros.silence(parameter, self.state.get(parameter, {}))
+        owned = {id(tensor) for group in self.param_groups for tensor in group["params"]}
+        penalized = by_tensor(self.penalty.terms(frozen=True))
+        self._zeros.freeze(terms for terms in penalized if id(terms[0].tensor) in owned)
 
     def reset_gaps(self) -> None:
         """Begin the average of the dual mode anew at the weights as they are; else the gaps go on, as momentum does."""
@@ -138,9 +132,12 @@ class RegularizedOptimizer(Optimizer):
 
     def unfreeze_zeros(self) -> None:
         """Take `freeze_zeros` back: all weights may move, and the penalty is on."""
-        for group in self.param_groups:
-            group.pop(FROZEN, None)
         self._zeros.thaw()
+
+    @property
+    def zeros_are_frozen(self) -> bool:
+        """Whether `freeze_zeros` has been called, here or before the checkpoint that was loaded."""
+        return self._zeros.on
 
     @property
     def moves_by_prox(self) -> bool:
@@ -156,7 +153,7 @@ class RegularizedOptimizer(Optimizer):
         """
         for owned in self._owned():
             seen: dict[int, tuple[list[Term], float | Tensor | None]] = {}
-            active = owned.with_grads() if FROZEN not in owned.group else None
+            active = None if self._zeros.on else owned.with_grads()
             if active is not None and isinstance(self._mode, Proximal):
                 seen = dict(zip(map(id, active.tensors), self._mode.before_prox(active), strict=True))
             for terms, parameter in zip(owned.each, owned.tensors, strict=True):
@@ -169,7 +166,7 @@ class RegularizedOptimizer(Optimizer):
             nonlocal first
             if not first:
                 with torch.no_grad():
-                    self._zeros.hold(self._frozen())
+                    self._zeros.hold(active)
             loss = closure()
             self._after_backward(active, first)
             first = False
@@ -181,22 +178,17 @@ class RegularizedOptimizer(Optimizer):
     @torch.no_grad()
     def _after_backward(self, active: list[Bundle], first: bool = True) -> None:
         active[:] = [bundle for owned in self._owned() if (bundle := owned.with_grads()) is not None]
-        for bundle in active:
-            self._stepped.update(map(id, bundle.tensors))
-        for parameter in self._frozen():
-            self._zeros.silence(parameter, self.state.get(parameter, {}))
+        self._zeros.silence(active)
         self._mode.after_backward(self._penalized(active), first)
 
-    @staticmethod
-    def _penalized(active: list[Bundle]) -> list[Bundle]:
-        return [bundle for bundle in active if FROZEN not in bundle.group]
+    @torch.no_grad()
+    def _after_update(self, active: list[Bundle]) -> None:
+        self._mode.after_update(self._penalized(active))
+        self._zeros.note(active)
+        self._zeros.hold(active)
 
-    def _frozen(self) -> Iterator[Tensor]:
-        """The parameters whose zeros are to hold, and that are in this step."""
-        for group in self.param_groups:
-            for index in group.get(FROZEN, ()):
-                if group["params"][index].grad is not None:
-                    yield group["params"][index]
+    def _penalized(self, active: list[Bundle]) -> list[Bundle]:
+        return [] if self._zeros.on else active
 
     def _owned(self) -> list[Bundle]:
         """The penalized parameters, in bundles of one param_group each.
@@ -223,15 +215,21 @@ class RegularizedOptimizer(Optimizer):
         every = self._owned()
         for bundle in every:
             self._mode.check(bundle)
-            if self._mode.wants_lr and "lr" not in bundle.group:
+            if self._mode.wants_lr and bundle.group.get("lr") is None:
                 raise ValueError(
                     f"the param_groups of {name} have no 'lr', which mode={self.mode!r} needs; use mode='coupled'"
                 )
-        decaying = [terms[0].name for bundle in every if bundle.group.get("weight_decay") for terms in bundle.each]
+        decaying = [
+            terms[0].name
+            for bundle in every
+            if bundle.group.get("weight_decay")
+            for terms in bundle.each
+            if any(term.quadratic for term in terms)
+        ]
         if decaying:
             warnings.warn(
-                f"{', '.join(decaying)}: penalized here, and by the weight_decay of {name} too (AdamW's default is "
-                "0.01); both shrink them. Set weight_decay=0 for them if that is not meant",
+                f"{', '.join(decaying)}: penalized by an L2 here, and by the weight_decay of {name} too (AdamW's "
+                "default is 0.01): both are L2, and both shrink them. Set weight_decay=0 for them if that is not meant",
                 stacklevel=3,
             )
         why = why_not(self.optimizer)
@@ -239,6 +237,12 @@ class RegularizedOptimizer(Optimizer):
             warnings.warn(
                 f"{name} {why}: the step that it takes for a unit gradient is not known, and the prox takes its lr. "
                 "Pass metric='euclidean' to say that this is right, or a callable that returns the step",
+                stacklevel=3,
+            )
+        if self.mode == "decoupled" and sets_its_own_step(self.optimizer):
+            warnings.warn(
+                f"{name} sets its own step size, which its lr is not: mode='decoupled' takes lr * lam, whatever that "
+                "step is. Use mode='coupled', or mode='proximal' with a callable metric that returns the step",
                 stacklevel=3,
             )
 
@@ -287,20 +291,22 @@ class RegularizedOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's own, loadable with and without the wrapper."""
+        self._zeros.mark_stepped()
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As the wrapped optimizer's; latent weights, sums of steps (in their dtype) and frozen zeros come back too."""
+        """As the wrapped optimizer's; gaps, sums of steps (in float32 at least) and frozen zeros come back too."""
         self.optimizer.load_state_dict(state_dict)
-        self._mode = MODES[self.mode](self.optimizer, self.metric)
-        self._zeros.thaw()  # they are found anew, in the weights that are loaded with this state
+        self._zeros = FrozenZeros(self.optimizer)
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         for key, tensor in zip(keys, tensors, strict=True):
             saved = state_dict["state"].get(key, {})
-            for name in (dual.GAP, dual.STEPS):
+            for name in OWN:  # torch.optim has cast them to the dtype of the parameter
                 if name in saved:
-                    self.state[tensor][name] = saved[name].to(tensor.device, copy=True)
+                    dtype = torch.bool if name == SURVIVORS else saved[name].dtype
+                    self.state[tensor][name] = saved[name].to(tensor.device, dtype, copy=True)
+        dual.drop_others(list(self.state.values()), keep=self.mode == "dual")
 
     def __getattr__(self, name: str) -> Any:
         # What an optimizer has beyond torch.optim's interface, such as the train() of schedule-free ones.

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from torch_regpen import L1, GroupLasso
+from torch_regpen.export import dead_units
 from torch_regpen.groups import Heads
 
 
@@ -272,3 +273,28 @@ def test_a_layer_that_nobody_knows_is_taken_to_stack_q_k_and_v_and_it_says_so():
         one_by_one = GroupLasso(layer, 1.0, groups=Heads(4, dim=0))
         GroupLasso(nn.ModuleDict({"own": nn.MultiheadAttention(8, 4)}), 1.0, groups=Heads(4))
     torch.testing.assert_close(one_by_one().detach(), sum(48**0.5 * head.norm() for head in w.chunk(4)))
+
+
+def test_a_subclass_of_a_known_attention_layer_is_known():
+    layer = type("My", (nn.MultiheadAttention,), {})(8, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert names(GroupLasso(layer, 1.0, groups=Heads(4))) == ["in_proj_weight"]
+
+
+def test_scales_in_a_norm_are_no_weights_whatever_holds_them():
+    norm = type("AdaptiveNorm", (nn.Module,), {})()
+    norm.scale = nn.Embedding(3, 4)  # one for each class
+    assert names(L1(nn.ModuleDict({"n": norm, "w": nn.Linear(4, 4)}), 0.1)) == ["w.weight"]
+    called = nn.ModuleDict({"norm": holding(scale=(4, 4)), "w": nn.Linear(4, 4)})
+    assert names(L1(called, 0.1)) == ["w.weight"]
+
+
+def test_dead_units_of_a_sum_over_inputs_and_outputs_are_the_outputs():
+    layer = nn.Linear(3, 4)
+    with torch.no_grad():
+        layer.weight[1] = layer.weight[:, 2] = 0
+    by_input = GroupLasso(layer, 0.1, groups="input")
+    assert dead_units(by_input) == {"weight": [2]}
+    assert dead_units(by_input + L1(layer, 0.1)) == {"weight": [2]}
+    assert dead_units(by_input + GroupLasso(layer, 0.1)) == {"weight": [1]}

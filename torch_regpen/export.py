@@ -28,8 +28,8 @@ def dead_units(penalty_or_model: Penalty | nn.Module, *, select: Select | None =
 
     Units are neurons, filters, rows of an embedding; of an LSTM or GRU, what has zeros in the rows of all gates, from
     the input and from the step before; of stacked experts, the units of the first, then of the second. Of a penalty
-    over input units (`groups="input"`) they are the input units, which nothing reads. A parameter with no dead units is
-    left out, and so is one of fewer than 2 dimensions.
+    over input units (`groups="input"`) they are the input units, which nothing reads; of a sum of both, the output
+    units. A parameter with no dead units is left out, and so is one of fewer than 2 dimensions.
 
     A dead unit is not silent: it goes on to emit its bias. Before such units are taken out, by Torch-Pruning say, that
     constant must be moved into the bias of the layer that follows, as `examples/export_pruned.py` does. Masks of
@@ -45,14 +45,18 @@ def dead_units(penalty_or_model: Penalty | nn.Module, *, select: Select | None =
         ValueError: `select` matches nothing, or is given beside a penalty.
     """
     inputs: dict[str, Grouping] = {}
+    outputs: set[str] = set()
     if isinstance(penalty_or_model, Penalty):
         for term in penalty_or_model.terms(frozen=True):
-            if term.grouped and (term.kind.groups == "input" or isinstance(term.kind.groups, int)):
+            if term.grouped and term.kind.groups == "output":
+                outputs.add(term.name)
+            elif term.grouped and (term.kind.groups == "input" or isinstance(term.kind.groups, int)):
                 inputs.setdefault(term.name, term.grouping)
     found = {}
     for place in places(penalty_or_model, select, default="weights"):
         if place.tensor.ndim > 1:
-            found[place.name] = place.dead(inputs.get(place.name)).nonzero().flatten().tolist()
+            units = None if place.name in outputs else inputs.get(place.name)
+            found[place.name] = place.dead(units).nonzero().flatten().tolist()
     return {name: units for name, units in found.items() if units}
 
 

@@ -52,6 +52,7 @@ class Slot:
         # A tensor that never had a gradient is meant as it is; a parameter without one is frozen.
         self.can_freeze = tensor is None or isinstance(tensor, nn.Parameter) or tensor.requires_grad
         self.judged: set[str] | None = None if tensor is None else {key}
+        self.told = False  # that what a unit is here is a guess
         self.selected: set[str] = set() if tensor is None else {key}
         self.registered: dict[str, weakref.ref[Tensor]] = {}  # the parameters that last stood here, by name,
         self.was_frozen: dict[str, bool] = {}  # and what is left of them where they are gone

@@ -19,6 +19,7 @@ from .hooks import hooked, updated
 from .metric import Metric, sets_its_own_step, why_not
 from .modes import MODES, Proximal
 from .penalty import Penalty, Sum
+from .prox import zero_lengths_
 from .terms import Bundle, Term, bundles, by_tensor
 
 __all__ = ["RegularizedOptimizer"]
@@ -183,7 +184,10 @@ class RegularizedOptimizer(Optimizer):
 
     @torch.no_grad()
     def _after_update(self, active: list[Bundle]) -> None:
-        self._mode.after_update(self._penalized(active))
+        penalized = self._penalized(active)
+        self._mode.after_update(penalized)
+        for bundle in penalized:
+            zero_lengths_(bundle)
         self._zeros.note(active)
         self._zeros.hold(active)
 

@@ -20,7 +20,7 @@ from . import functional as F
 from . import loss, sharding
 from .groups import Elements, Grouping, Groups, Heads, SingularValues, working_dtype
 from .lookup import Slot, spellings
-from .prox import Step, check_prox, prox_
+from .prox import Step, check_prox, prox_, zero_lengths_
 from .selection import Params, Select, Selection
 from .stationarity import distance
 from .summary import summary_table
@@ -323,6 +323,7 @@ class Penalty(nn.Module):
             check_prox(bundle.terms)
         for bundle in work:
             prox_(bundle, [Step(step)] * len(bundle.tensors))
+            zero_lengths_(bundle)
 
     @torch.no_grad()
     def stationarity(self) -> Tensor:

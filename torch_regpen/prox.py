@@ -88,7 +88,6 @@ def prox_(bundle: Bundle, steps: Sequence[Sized]) -> None:
             for some, take in pieces(terms):
                 part = step.part(take)
                 some[0].tensor.copy_(prox(some, part.size, part.cap))
-    zero_lengths_(bundle)
 
 
 def _prox_along_rays_(terms: list[Term], step: Sized) -> bool:
@@ -123,7 +122,6 @@ def decay_(bundle: Bundle, step: float | Tensor) -> None:
         for terms in bundle.each:
             for some, _ in pieces([term for term in terms if not term.off]):
                 some[0].tensor.copy_(decayed(some, step))
-    zero_lengths_(bundle)
 
 
 def zero_lengths_(bundle: Bundle) -> None:

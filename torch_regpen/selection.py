@@ -48,13 +48,20 @@ def is_weight(slot: Slot, key: str, tensor: Tensor) -> bool:
     if slot.undecayed or getattr(tensor, "_no_weight_decay", False) or BIAS.search(slot.key):
         return False
     owner = slot.owner
+    if isinstance(owner, nn.Embedding) and len(slot.ancestors) > 1 and _says_norm(slot.ancestors[-2], ""):
+        return False  # the scales of a norm, one for each class
     if isinstance(owner, MULTIPLYING + transformers_conv1d()) and "weight" in slot.key:
         if slot.under_weight_norm():  # the directions are the weight, the lengths their scales
             return key == "original1" or slot.key.endswith("_v")
         return key in (slot.key, "original") or _is_matrix(tensor)
-    if isinstance(owner, NORMALIZATIONS) or (owner is not None and NORM.search(type(owner).__name__)):
+    if owner is not None and _says_norm(owner, slot.name.removesuffix(slot.key).strip(".").rpartition(".")[2]):
         return False
     return _is_matrix(tensor) and not TOKEN.search(slot.key) and not POSITION.search(slot.key)
+
+
+def _says_norm(module: nn.Module, name: str) -> bool:
+    """Whether a module is a normalization layer: by its type, or as the name of its class, or its own, says."""
+    return isinstance(module, NORMALIZATIONS) or bool(NORM.search(type(module).__name__) or NORM.search(name))
 
 
 def _is_matrix(tensor: Tensor) -> bool:

@@ -40,10 +40,14 @@ ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 PROJECTIONS = {
     **dict.fromkeys(("q", "k", "v", "query", "key", "value", "to_q", "to_k", "to_v", "q_attn"), 1),
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "q_lin", "k_lin", "v_lin"), 1),
-    **dict.fromkeys(("query_proj", "key_proj", "value_proj", "linear_q", "linear_k", "linear_v"), 1),
+    **dict.fromkeys(("query_proj", "key_proj", "value_proj", "pos_query_proj", "pos_key_proj"), 1),
+    **dict.fromkeys(("linear_q", "linear_k", "linear_v", "wq", "wk", "wv", "Wq", "Wk", "Wv"), 1),
+    **dict.fromkeys(("to_query", "to_key", "to_value", "project_q", "project_k", "project_v"), 1),
+    **dict.fromkeys(("projection_query", "projection_key", "projection_value"), 1),
+    **dict.fromkeys(("query_global", "key_global", "value_global", "q_b_proj", "kv_b_proj"), 1),
     **dict.fromkeys(("q_proj_weight", "k_proj_weight", "v_proj_weight"), 1),
-    **dict.fromkeys(("kv", "kv_proj", "to_kv"), 2),
-    **dict.fromkeys(("qkv", "qkv_proj", "to_qkv", "Wqkv", "c_attn", "in_proj_weight"), 3),
+    **dict.fromkeys(("kv", "kv_proj", "to_kv", "qk"), 2),
+    **dict.fromkeys(("qkv", "qkv_proj", "to_qkv", "Wqkv", "c_attn", "in_proj", "in_proj_weight"), 3),
     "query_key_value": 0,
 }
 LIBRARIES = ("torch", "torchvision", "timm", "transformers")  # whose layers stack whole q, k and v, but for
@@ -51,12 +55,16 @@ HEAD_BY_HEAD = (  # these; and those that have a true `head_first`
     "timm.layers.halo_attn.HaloAttn",
     "timm.models.efficientformer.Attention",
     "timm.models.tiny_vit.Attention",
+    "transformers.models.deberta.modeling_deberta.DisentangledSelfAttention",
     "transformers.models.gpt_bigcode.modeling_gpt_bigcode.GPTBigCodeAttention",
     "transformers.models.minimax.modeling_minimax.MiniMaxLightningAttention",
 )
 SPLIT_OVER_DEVICES = ("transformers.models.codegen.modeling_codegen.CodeGenAttention",)
-QUERIES = ("q", "query", "to_q", "q_proj", "q_lin", "query_proj", "linear_q")
-SHARED = ("k", "v", "key", "value", "to_k", "to_v", "k_proj", "v_proj", "k_lin", "v_lin", "key_proj", "value_proj")
+QUERIES = ("q", "query", "to_q", "q_proj", "q_lin", "query_proj", "linear_q", "wq", "Wq", "to_query")
+SHARED = (
+    *("k", "v", "key", "value", "to_k", "to_v", "k_proj", "v_proj", "k_lin", "v_lin", "key_proj", "value_proj"),
+    *("linear_k", "linear_v", "wk", "wv", "Wk", "Wv", "to_key", "to_value"),
+)
 OUTPUTS = ("out_proj", "o_proj", "proj", "c_proj", "o", "dense", "out_lin", "to_out", "linear_out")
 
 
@@ -140,6 +148,8 @@ def _projection(slot: Slot) -> str:
 
 
 def _in_attention(slot: Slot) -> bool:
+    if isinstance(slot.owner, nn.MultiheadAttention):
+        return True
     names = slot.name.split(".")[:-1]
     return any(map(ATTENTION.search, [*names, *(type(module).__name__ for module in slot.ancestors)]))
 
@@ -178,15 +188,16 @@ class _Attention:
     """
 
     def __init__(self, slot: Slot) -> None:
+        self.slot = slot
         self.modules = list(reversed(slot.ancestors))
         self.heads = self._number("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead")
         self.size = self._number("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
         # The projection is a layer of its own in the attention layer, or a parameter of that.
         parent = slot.ancestors[-2 if slot.key == "weight" and len(slot.ancestors) > 1 else -1]
-        kind = type(parent)
-        self.kind = f"{kind.__module__}.{kind.__qualname__}"
-        self.known = self.kind.split(".")[0] in LIBRARIES
-        self.head_by_head = self.kind in HEAD_BY_HEAD or getattr(parent, "head_first", False) is True
+        kinds = [kind for kind in type(parent).__mro__ if issubclass(kind, nn.Module) and kind is not nn.Module]
+        self.kinds = [f"{kind.__module__}.{kind.__qualname__}" for kind in kinds]
+        self.known = any(kind.split(".")[0] in LIBRARIES for kind in self.kinds)
+        self.head_by_head = not set(self.kinds).isdisjoint(HEAD_BY_HEAD) or getattr(parent, "head_first", False) is True
         queries = (parent._modules.get(key) for key in QUERIES)
         weights = (getattr(query, "weight", None) for query in queries)
         self.query_rows = next((len(w) for w in weights if isinstance(w, torch.Tensor) and w.ndim > 1), None)
@@ -214,12 +225,13 @@ class _Attention:
 
     def stacked(self, parts: int, n: int, rows: int, inputs: int) -> tuple[int, int]:
         """How many parts of `n` heads are stacked: of q, k and v, of k and v, or one where they lie head by head."""
-        if self.kind in SPLIT_OVER_DEVICES:
-            raise ValueError(f"{self.kind} mixes the rows of its heads; leave the parameter out with exclude=")
-        if not self.known:
+        if not set(self.kinds).isdisjoint(SPLIT_OVER_DEVICES):
+            raise ValueError(f"{self.kinds[0]} mixes the rows of its heads; leave the parameter out with exclude=")
+        if not self.known and not self.slot.told:
+            self.slot.told = True
             warn(
-                f"Heads({n}): how {self.kind} stacks its heads is not known; they are taken to lie in q, then in k, "
-                f"then in v. If it stacks head by head, say Heads({n}, dim=0)"
+                f"Heads({n}): how {self.kinds[0]} stacks its heads is not known; they are taken to lie in q, then in "
+                f"k, then in v. If it stacks head by head, say Heads({n}, dim=0)"
             )
         size = self.size if self.size is not None else inputs // n
         found = 2 if parts == 3 and rows == 2 * n * size and self._number("is_cross_attention") else parts or 3

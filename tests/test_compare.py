@@ -422,3 +422,15 @@ def test_that_tensorboard_is_missing_shows_before_training(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ImportError, match="logdir needs TensorBoard"):
         compare({}, LAMS, **SETUP | {"fit": lambda *_: pytest.fail("trained")}, logdir=tmp_path)
+
+
+def test_dead_inputs_are_counted_where_the_groups_are_inputs():
+    def killing(model, *args):
+        fit(model, *args)
+        with torch.no_grad():
+            model[0].weight[:, 2] = 0
+
+    methods = {"inputs": (partial(GroupLasso, groups="input"), "proximal")}
+    comparison = compare(methods, [1e-6], **SETUP | {"fit": killing})
+    assert [trial.dead for trial in comparison.at("inputs")] == [1] * 3
+    assert [trial.dead for trial in comparison.at("plain")] == [0] * 3

@@ -40,7 +40,7 @@ ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 PROJECTIONS = {
     **dict.fromkeys(("q", "k", "v", "query", "key", "value", "to_q", "to_k", "to_v", "q_attn"), 1),
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "q_lin", "k_lin", "v_lin"), 1),
-    **dict.fromkeys(("query_proj", "key_proj", "value_proj", "pos_query_proj", "pos_key_proj"), 1),
+    **dict.fromkeys(("query_proj", "key_proj", "value_proj"), 1),
     **dict.fromkeys(("linear_q", "linear_k", "linear_v", "wq", "wk", "wv", "Wq", "Wk", "Wv"), 1),
     **dict.fromkeys(("to_query", "to_key", "to_value", "project_q", "project_k", "project_v"), 1),
     **dict.fromkeys(("projection_query", "projection_key", "projection_value"), 1),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_regpen import L0, L1, L2, MCP, ActivityPenalty, Penalty
+from torch_regpen import L0, L1, L2, MCP, ActivityPenalty, GroupLasso, Penalty
 from torch_regpen.compare import Comparison, Trial, compare
 
 LAMS = [0.1, 0.01]

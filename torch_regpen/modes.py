@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from . import dual, multi_tensor
 from . import loss as losses
 from .metric import Metric, RootStep, Step, differs_by_coordinate, steps_of
-from .prox import check_prox, decay_, prox_
+from .multi_tensor import Take
+from .prox import Sized, check_prox, decay_, prox_
 from .terms import Bundle, Term, add_grad_, check_grad
 
 __all__ = ["MODES", "Mode"]
@@ -114,9 +115,9 @@ class Proximal(Mode):
                     check_prox(terms, per_coordinate=True)  # known only now
         return steps
 
-    def prox_steps(self, bundle: Bundle) -> list[float | Tensor]:
-        """What multiplies lambda in the prox that comes after this update, for each tensor."""
-        return [step.size for step in self.steps_of(bundle)]
+    def multiplier(self, parameter: Tensor, step: Sized, take: Take) -> float | Tensor:
+        """What multiplies lambda in the prox that comes after this update, for what `take` takes of a parameter."""
+        return step.part(take).size
 
     def after_update(self, active: list[Bundle]) -> None:
         for bundle in active:
@@ -175,10 +176,9 @@ class Dual(Proximal):
             ]
         )
 
-    def prox_steps(self, bundle: Bundle) -> list[float | Tensor]:
-        sizes = super().prox_steps(bundle)
-        sums = [self.optimizer.state[w].get(dual.STEPS, 0.0) for w in bundle.tensors]
-        return [so_far + size for so_far, size in zip(sums, sizes, strict=True)]
+    def multiplier(self, parameter: Tensor, step: Sized, take: Take) -> float | Tensor:
+        so_far: float | Tensor = take(self.optimizer.state[parameter].get(dual.STEPS, 0.0))
+        return so_far + super().multiplier(parameter, step, take)
 
     def after_update(self, active: list[Bundle]) -> None:
         left: list[Tensor] = []

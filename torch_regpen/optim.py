@@ -6,6 +6,7 @@ import operator
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from . import dual
 from .frozen import FROZEN, FrozenZeros, all_zero
 from .metric import Metric, why_not
 from .modes import MODES, Proximal
+from .multi_tensor import Take
 from .penalty import Penalty, Sum
+from .prox import Sized
 from .terms import Bundle, Term, bundles
 
 __all__ = ["RegularizedOptimizer"]
@@ -144,20 +147,34 @@ class RegularizedOptimizer(Optimizer):
         """Whether its mode makes zeros by a prox: the proximal and the dual one."""
         return isinstance(self._mode, Proximal)
 
-    def before_prox(self) -> Iterator[tuple[list[Term], float | Tensor | None]]:
+    @property
+    def zeros_are_frozen(self) -> bool:
+        """Whether `freeze_zeros` is in force."""
+        return any(FROZEN in group for group in self.param_groups)
+
+    def before_prox(
+        self, sample: Callable[[list[Term]], Take] = lambda terms: lambda x: x
+    ) -> Iterator[tuple[list[Term], float | Tensor | None]]:
         """For whoever steers lambda: what the prox is about to see, in a hook after the wrapped optimizer's step.
+
+        Args:
+            sample: for the terms of a parameter, what takes a part of it and of each tensor beside it.
 
         Yields:
             The terms of each penalized parameter, which the update has moved already, and what will multiply lambda in
-            its prox; None where there will be none.
+            its prox; None where there will be none. Both are those of the sample.
         """
         for owned in self._owned():
             active = owned.with_grads() if FROZEN not in owned.group else None
-            steps: dict[int, float | Tensor] = {}
+            steps: dict[int, Sized] = {}
             if active is not None and isinstance(self._mode, Proximal):
-                steps = dict(zip(map(id, active.tensors), self._mode.prox_steps(active), strict=True))
+                steps = dict(zip(map(id, active.tensors), self._mode.steps_of(active), strict=True))
             for terms, parameter in zip(owned.each, owned.tensors, strict=True):
-                yield terms, steps.get(id(parameter))
+                take, step = sample(terms), steps.get(id(parameter))
+                some = [
+                    replace(t, tensor=take(parameter), weights=take(t.weights), center=take(t.center)) for t in terms
+                ]
+                yield some, None if step is None else self._mode.multiplier(parameter, step, take)  # type: ignore[attr-defined]
 
     def _regularized(self, closure: Callable[[], Any], active: list[Bundle]) -> Callable[[], Any]:
         first = True

@@ -132,7 +132,7 @@ def _slope(term: Term) -> Tensor:
     return torch.where(zero, term.linear * at_zero, term.grad(term.tensor).abs())
 
 
-def latent_terms(terms: list[Term], state: State) -> list[Term]:
+def latent_terms(terms: list[Term], gap: Tensor) -> list[Term]:
     """The terms, at the latent weights."""
-    latent = terms[0].tensor + state[GAP]
+    latent = terms[0].tensor + gap
     return [replace(term, tensor=latent) for term in terms]

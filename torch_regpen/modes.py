@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 from . import dual, multi_tensor
 from . import loss as losses
 from .metric import Metric, RootStep, Step, differs_by_coordinate, steps_of
+from .multi_tensor import Take
 from .prox import Sized, check_prox, decay_, prox_
-from .terms import Bundle, Term, add_grad_, check_grad
+from .terms import Bundle, Term, add_grad_, check_grad, taken
 
 __all__ = ["MODES", "Mode"]
 
@@ -132,10 +133,18 @@ class Proximal(Mode):
                     check_prox(terms, per_coordinate=True)  # known only now
         return steps
 
-    def before_prox(self, bundle: Bundle) -> Iterator[tuple[list[Term], float | Tensor]]:
-        """For each tensor the terms at what the prox after this update will see, and what will multiply lambda."""
+    def before_prox(
+        self, bundle: Bundle, sample: Callable[[list[Term]], Take]
+    ) -> Iterator[tuple[list[Term], float | Tensor]]:
+        """For each tensor the terms at what the prox after this update will see, and what will multiply lambda.
+
+        Args:
+            bundle: the tensors, which the update has moved.
+            sample: for the terms of a tensor, what takes a part of it and of each tensor beside it.
+        """
         for terms, step in zip(bundle.each, self.steps_of(bundle), strict=True):
-            yield terms, step.size
+            take = sample(terms)
+            yield taken(terms, take), step.part(take).size
 
     def after_update(self, active: list[Bundle]) -> None:
         for bundle in active:
@@ -155,11 +164,16 @@ class Proximal(Mode):
 class Dual(Proximal):
     """Dual averaging: `w = prox(latent, S*lam)`; see `dual`."""
 
-    def before_prox(self, bundle: Bundle) -> Iterator[tuple[list[Term], float | Tensor]]:
+    def before_prox(
+        self, bundle: Bundle, sample: Callable[[list[Term]], Take]
+    ) -> Iterator[tuple[list[Term], float | Tensor]]:
         """See `Proximal`: the terms are at the latent weights, and the sum of all steps multiplies lambda."""
         for terms, step in zip(bundle.each, self.steps_of(bundle), strict=True):
             state = self._state_of(terms[0].tensor, step)
-            yield dual.latent_terms(terms, state), state[dual.STEPS] + dual.counted(terms, step)
+            take = sample(terms)
+            some = taken(terms, take)
+            sums = take(state[dual.STEPS]) + dual.counted(some, step.part(take))
+            yield dual.latent_terms(some, take(state[dual.GAP])), sums
 
     def after_update(self, active: list[Bundle]) -> None:
         for bundle in active:

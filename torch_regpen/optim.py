@@ -18,9 +18,10 @@ from .frozen import OWN, SURVIVORS, FrozenZeros
 from .hooks import hooked, updated
 from .metric import Metric, sets_its_own_step, why_not
 from .modes import MODES, Proximal
+from .multi_tensor import Take
 from .penalty import Penalty, Sum
 from .prox import zero_lengths_
-from .terms import Bundle, Term, bundles, by_tensor
+from .terms import Bundle, Term, bundles, by_tensor, taken
 
 __all__ = ["RegularizedOptimizer"]
 
@@ -145,20 +146,25 @@ class RegularizedOptimizer(Optimizer):
         """Whether its mode makes zeros by a prox: the proximal and the dual one."""
         return isinstance(self._mode, Proximal)
 
-    def before_prox(self) -> Iterator[tuple[list[Term], float | Tensor | None]]:
+    def before_prox(
+        self, sample: Callable[[list[Term]], Take] = lambda terms: lambda x: x
+    ) -> Iterator[tuple[list[Term], float | Tensor | None]]:
         """For whoever steers lambda: what the prox is about to see, in a hook after the wrapped optimizer's step.
+
+        Args:
+            sample: for the terms of a parameter, what takes a part of it and of each tensor beside it.
 
         Yields:
             The terms of each penalized parameter, which the update has moved already, and what will multiply lambda in
-            its prox; None where there will be none.
+            its prox; None where there will be none. Both are those of the sample.
         """
         for owned in self._owned():
-            seen: dict[int, tuple[list[Term], float | Tensor | None]] = {}
+            seen: dict[int, tuple[list[Term], float | Tensor]] = {}
             active = None if self._zeros.on else owned.with_grads()
             if active is not None and isinstance(self._mode, Proximal):
-                seen = dict(zip(map(id, active.tensors), self._mode.before_prox(active), strict=True))
+                seen = dict(zip(map(id, active.tensors), self._mode.before_prox(active, sample), strict=True))
             for terms, parameter in zip(owned.each, owned.tensors, strict=True):
-                yield seen.get(id(parameter), (terms, None))
+                yield seen[id(parameter)] if id(parameter) in seen else (taken(terms, sample(terms)), None)
 
     def _regularized(self, closure: Callable[[], Any], active: list[Bundle]) -> Callable[[], Any]:
         first = True

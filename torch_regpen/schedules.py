@@ -3,49 +3,57 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+import warnings
+import weakref
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .groups import Elements
 from .optim import RegularizedOptimizer
 from .penalty import Penalty
-from .prox import prox
-from .sharding import everywhere
-from .terms import Term, by_tensor
+from .terms import by_tensor
+from .thresholds import makes_zeros, sampled, stride_for, zero_factors
 
 __all__ = ["CosineRamp", "LamScheduler", "LinearRamp", "TargetSparsity"]
 
+# Of TargetSparsity: the least number of readings in a ramp, up to one each MOST steps; the elements, or groups, that a
+# reading takes, which tell the fraction of zeros to 0.3, or 0.6 points; how far from the target counts as reached; the
+# part of the steps since a restart that pass without a reading; what a prox may round off.
+READINGS, MOST = 100, 20
+ELEMENTS, GROUPS = 1 << 15, 1 << 13
+CLOSE = 0.005
+RECENT = 10
+ROUNDING = 1e-4
 
-# What TargetSparsity needs, found by trial on small networks under SGD with momentum and Adam: the part of a first
-# guess from which lambda starts, and the most by which its logarithm changes from one reading to the next. Of the
-# feedback: the start, the gain on the error, the damping by its trend, and the most that changes.
-START = 0.1
-FASTEST = math.log2(1.2)
-FEEDBACK_START = 1e-4
-GAIN = 0.1
-DAMPING = 1.0
-FEEDBACK_FASTEST = math.log(3.0)
+# In the proximal mode: where lambda starts, as a part of the one that shrinks the weights to zero in one ramp; the
+# factor by which it may change in 1/CHANGES of the ramp; what the ramp needs. Found by trial, on small networks under
+# SGD and Adam.
+START = 0.01
+FASTEST, CHANGES = 1.2, 300
+LEAST_STEPS, LEAST_READINGS = 100, 30
 
 
 class LamScheduler:
     """`lam = base * fn(step)`, as torch's LambdaLR: `fn(0)` at once, then one step further at each `step()`.
 
-    Each parameter group's, and each part of a sum's, own lambda is its base.
+    Each parameter group's, and each part of a sum's, own lambda is its base: the one that the user has set, also where
+    another schedule steers the penalty already.
 
     Args:
         penalty: a penalty, or a sum of them.
         fn: the factor as a function of the number of steps taken.
+
+    Raises:
+        ValueError: a lambda is 0.
     """
 
     def __init__(self, penalty: Penalty, fn: Callable[[int], float]) -> None:
         self.penalty = penalty
         self.fn = fn
-        self.base = [float(group["lam"]) for group in penalty.param_groups]
+        self.base = list(map(_base, penalty.param_groups))
         self.last_step = 0
         self._set()
 
@@ -70,6 +78,8 @@ class LamScheduler:
 
     def _set(self) -> None:
         _scale(self.penalty, self.base, self.fn(self.last_step))
+        for group, base in zip(self.penalty.param_groups, self.base, strict=True):
+            group["scheduled"] = base, group["lam"]
 
 
 class LinearRamp(LamScheduler):
@@ -86,6 +96,18 @@ class CosineRamp(LamScheduler):
     def __init__(self, penalty: Penalty, steps: int) -> None:
         steps = _checked_count("steps", steps)
         super().__init__(penalty, partial(_cosine, steps))
+
+
+def _base(group: dict[str, Any]) -> float:
+    """The lambda that the user has set, whatever another schedule has made of it since."""
+    base, scheduled = group.get("scheduled", (0.0, None))
+    lam = float(base if group["lam"] == scheduled else group["lam"])
+    if lam == 0:
+        raise ValueError(
+            "the base lambda of the schedule is 0, and so would be every lambda that it sets; give the penalty the "
+            "lambda that the schedule is to scale, and load a checkpoint afterwards"
+        )
+    return lam
 
 
 def _linear(steps: int, step: int) -> float:
@@ -114,61 +136,97 @@ def _cubic(x: float) -> float:
 class TargetSparsity:
     """Steers lambda so that the fraction `target` of the elements is exactly zero after `steps` steps, and holds it.
 
-    Of a penalty over groups it is the fraction of groups. The fraction follows `target * ramp(step/steps)`. The
-    proportions between the lambdas of groups and of the parts of a sum stay; how large they are to begin with makes no
-    difference, but for a penalty that is given without its optimizer.
+    For a penalty over groups it is the fraction of groups; around a center, of elements at their center. The wanted
+    fraction follows `target * ramp(step/steps)`. Every `every` steps, lambda is read off the weights between the
+    optimizer's update and the prox: it is the lambda at which this prox makes the wanted fraction zero. The proportions
+    between the lambdas of parameter groups and of the parts of a sum stay; their size makes no difference.
 
-    Given a `RegularizedOptimizer` in the proximal or the dual mode, lambda is read off the weights between the
-    optimizer's update and the prox: it is the one at which the wanted fraction of them will be zero. In the dual mode
-    that is all. In the proximal mode, where lambda also says how fast all other weights shrink, it changes by no more
-    than a fifth from one reading to the next.
+    In the dual mode that is all. In the proximal mode lambda also says how fast all other weights shrink, so it starts
+    far below where they shrink to zero within the ramp, and changes by a limited factor from one reading to the next.
 
-    Given a penalty alone, the fraction is measured, and lambda corrected by the error and its trend: that works with
-    any loop that makes zeros, takes longer, and hits less exactly.
+    Elements without a gradient cannot become zero. Where they leave less than `target`, a warning says so once, and the
+    target is taken of the other elements alone.
 
     Args:
-        penalty: the optimizer that has the penalty, or a penalty. Its lambdas must be more than 0.
+        optimizer: a `RegularizedOptimizer` in the proximal or the dual mode. The lambdas of its penalty must be more
+            than 0.
         target: the fraction, from 0 to less than 1.
-        steps: the number of steps after which it is reached.
-        every: how many steps pass between two readings, each of which waits for the device and costs ten proximal maps
-            or more; a 300th of `steps` unless told otherwise.
+        steps: the number of steps after which it is reached. The proximal mode needs 100.
+        every: how many steps pass between two readings, each of which waits for the device; `steps / 100`, from 1 to
+            20, unless told otherwise. There is also one in the first step and one after `steps` steps.
         ramp: from [0, 1] to [0, 1]; `1 - (1 - x)^3` unless told otherwise (Zhu and Gupta 2017).
+        freeze: call `optimizer.freeze_zeros()` once the target is reached. While zeros are frozen, lambda rests.
 
     Raises:
-        ValueError: `target`, `steps` or `every` out of range; a lambda of 0; a penalty that zeroes nothing.
+        TypeError: `optimizer` is no `RegularizedOptimizer`.
+        ValueError: it is in another mode; `target`, `steps` or `every` is out of range; a lambda is 0; the penalty
+            zeroes nothing.
     """
+
+    _STATE = ("base", "factor", "last_step", "last_reading", "next_reading", "restart", "froze")
 
     def __init__(
         self,
-        penalty: Penalty | RegularizedOptimizer,
+        optimizer: RegularizedOptimizer,
         target: float,
         *,
         steps: int,
         every: int | None = None,
         ramp: Callable[[float], float] = _cubic,
+        freeze: bool = False,
     ) -> None:
+        if not isinstance(optimizer, RegularizedOptimizer):
+            raise TypeError(
+                f"optimizer must be a RegularizedOptimizer, not {type(optimizer).__name__}: lambda is read off the "
+                "weights in its step; use RegularizedOptimizer(optimizer, penalty, 'dual')"
+            )
+        if not optimizer.moves_by_prox:
+            raise ValueError(
+                f"the optimizer is in the {optimizer.mode!r} mode, where no lambda makes a given number of zeros; use "
+                "mode='dual' or 'proximal'"
+            )
         if not 0 <= target < 1:
             raise ValueError(f"target must be a fraction from 0 to less than 1, not {target}")
-        self.optimizer = penalty if isinstance(penalty, RegularizedOptimizer) and penalty.moves_by_prox else None
-        self.penalty = penalty.penalty if isinstance(penalty, RegularizedOptimizer) else penalty
+        if not any(makes_zeros(term) for term in optimizer.penalty.terms()):
+            raise ValueError(f"{optimizer.penalty!r} zeroes nothing; L2 only shrinks")
+        self.optimizer = optimizer
         self.target = target
         self.steps = _checked_count("steps", steps)
-        self.every = max(steps // 300, 1) if every is None else _checked_count("every", every)
+        self.every = min(max(steps // READINGS, 1), MOST) if every is None else _checked_count("every", every)
         self.ramp = ramp
-        self.base = [float(group["lam"]) for group in self.penalty.param_groups]
-        if not all(self.base):
+        self.freeze = freeze
+        lams = [float(group["lam"]) for group in optimizer.penalty.param_groups]
+        if not all(lams):
             raise ValueError("every lambda must be more than 0, to be scaled; set a small one")
-        if not any(_zeroes(term) for term in self.penalty.terms()):
-            raise ValueError(f"{self.penalty!r} zeroes nothing; L2 only shrinks")
+        self.factor = max(lams)
+        self.base = [lam / self.factor for lam in lams]
         self.last_step = 0
-        self.factor = FEEDBACK_START
-        self.sparsity = 0.0
-        self._set()
+        self.last_reading = 0  # the step that had it
+        self.next_reading = 1
+        self.restart = -RECENT * self.every  # the last step with frozen zeros, after which all begins anew
+        self.froze = False
+        self._reached = self._warned = False
+        self._warn_if_short()
         self._attach()
 
+    def _warn_if_short(self) -> None:
+        if self.optimizer.mode != "dual" and (self.steps < LEAST_STEPS or self.steps < LEAST_READINGS * self.every):
+            warnings.warn(
+                f"with steps={self.steps} and every={self.every} the proximal mode may miss the target: lambda has to "
+                f"change slowly there. Use mode='dual', or at least {LEAST_STEPS} steps and {LEAST_READINGS} readings",
+                stacklevel=3,
+            )
+
     def _attach(self) -> None:
-        if self.optimizer is not None:
-            self.optimizer.optimizer.register_step_post_hook(self._read_off)
+        # Weakly: a schedule that was replaced goes, and what it holds with it.
+        read = weakref.WeakMethod(self._read)
+
+        def hook(*_: Any) -> None:
+            method = read()
+            if method is not None:
+                method()
+
+        self.optimizer.optimizer.register_step_post_hook(hook)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -177,96 +235,95 @@ class TargetSparsity:
     def step(self) -> None:
         """One step further, after `optimizer.step()`."""
         self.last_step += 1
-        if self.optimizer is None and self.last_step % self.every == 0:
-            self._feed_back()
-        self._set()
+        if self.freeze and not self.froze and self._reached:
+            self.optimizer.freeze_zeros()
+            self.froze = True
 
     def state_dict(self) -> dict[str, Any]:
         """All that it needs to go on."""
-        return {name: getattr(self, name) for name in ("base", "last_step", "factor", "sparsity")}
+        return {name: getattr(self, name) for name in self._STATE}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a state that was saved, and set lambda as it was there."""
-        for name in ("base", "last_step", "factor", "sparsity"):
+        for name in self._STATE:
             setattr(self, name, state_dict[name])
-        self._set()
+        self._set(self.factor)
 
-    def _set(self) -> None:
-        _scale(self.penalty, self.base, self.factor)
+    def _set(self, factor: float) -> None:
+        self.factor = factor
+        _scale(self.optimizer.penalty, self.base, factor)
+
+    @torch.no_grad()
+    def _read(self) -> None:
+        """After the update and before the prox: find the lambda at which the prox makes the wanted fraction zero."""
         step = self.last_step + 1
-        self._due = step % self.every == 0 or step == self.steps
-
-    def _wanted(self, step: int) -> float:
-        return self.target * self.ramp(min(step / self.steps, 1.0))
-
-    @torch.no_grad()
-    def _feed_back(self) -> None:
-        work = by_tensor(term for term in self.penalty.terms() if _zeroes(term))
-        measured = _zero_fraction([(terms, terms[0].tensor) for terms in work]).item()
-        wanted, now = self._wanted(self.last_step + self.every), self._wanted(self.last_step)
-        error = _logit(wanted) - _logit(measured)
-        trend = (_logit(measured) - _logit(self.sparsity)) - (_logit(wanted) - _logit(now))
-        change = GAIN * error - DAMPING * trend
-        self.factor *= math.exp(min(max(change, -FEEDBACK_FASTEST), FEEDBACK_FASTEST))
-        self.sparsity = measured
-
-    @torch.no_grad()
-    def _read_off(self, *_: Any) -> None:
-        """Find the factor at which the prox that is about to come leaves the wanted fraction of zeros."""
-        if not self._due or self.optimizer is None:
+        if self.optimizer.zeros_are_frozen:
+            self.restart, self.next_reading = step, step + 1
+        if step < self.next_reading:
             return
-        self._due = False
-        work = [(terms, step) for terms, step in self.optimizer.before_prox() if any(map(_zeroes, terms))]
-        _scale(self.penalty, self.base, 1.0)
-        if self.last_step < self.every and self.optimizer.mode != "dual":
-            # To begin with, all that is known is the gradient: at zero, it is what lambda holds the weights against.
-            descents = [(_at_zero(terms, step), step) for terms, step in work if step is not None]
-            self.factor = START * 2 ** _bisect(descents, self.target, -40, 40)
-        wanted = self._wanted(self.last_step + 1)
-        if self.optimizer.mode == "dual":
-            log2 = _bisect(work, wanted, -40, 40)
-        else:
-            log2 = _bisect(work, wanted, math.log2(self.factor) - FASTEST, math.log2(self.factor) + FASTEST)
-        self.factor = 2**log2
-        _scale(self.penalty, self.base, self.factor)
+        self._set(self.factor)
+        factors = self._zero_factors()
+        count = self._count(factors)
+        proximal = self.optimizer.mode != "dual"
+        starts = proximal and not self.last_reading
+        wanted = self.target * (1.0 if starts else self.ramp(min(step / self.steps, 1.0)))
+        change = _between(factors, round(wanted * count))
+        if change is None:
+            return  # as where lr is 0: no lambda makes any difference, and the next step is to be read
+        if starts:
+            change *= START / self.steps
+        elif proximal:
+            most = FASTEST ** (CHANGES * (step - max(self.last_reading, self.restart)) / self.steps)
+            change = min(max(change, 1 / most), most)
+        self._set(self.factor * change)
+        zeros = int(torch.searchsorted(factors, change, right=True))
+        self._reached = step >= self.steps and zeros >= (self.target - CLOSE) * count
+        self.last_reading, self.next_reading = step, self._after(step)
+
+    def _after(self, step: int) -> int:
+        """The step that has the next reading."""
+        if self.freeze and not self.froze and step >= self.steps:
+            return step + 1
+        regular = (step // self.every + 1) * self.every
+        if step < self.steps:
+            regular = min(regular, self.steps)
+        # The sum of steps in the dual mode has restarted with the zeros, and grows fast to begin with.
+        return min(regular, step + max((step - self.restart) // RECENT, 1))
+
+    def _zero_factors(self) -> Tensor:
+        """`zero_factors` of a sample, sorted, on the CPU."""
+        stride = stride_for(by_tensor(self.optimizer.penalty.terms()), ELEMENTS, GROUPS)
+        take = partial(sampled, stride=stride, start=self.last_step)
+        work = ((terms, step) for terms, step in self.optimizer.before_prox(take) if any(map(makes_zeros, terms)))
+        return zero_factors(work).cpu().sort().values
+
+    def _count(self, factors: Tensor) -> int:
+        """Of how many the target is a fraction: of all, where it can be reached."""
+        count = len(factors)
+        reachable = int(torch.searchsorted(factors, math.inf))
+        if self.target * count <= reachable or reachable == 0 or factors[reachable - 1] == 0:
+            return count
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the target {self.target:g} cannot be reached: only {reachable / count:.3g} of the penalized elements "
+                f"(groups) have a gradient or are zero already. {self.target:g} of these will be zero, "
+                f"{self.target * reachable / count:.3g} of all. Leave the others out of the penalty, or train them",
+                stacklevel=2,
+            )
+        return reachable
 
 
-def _bisect(work: list[tuple[list[Term], Any]], wanted: float, low: float, high: float) -> float:
-    """The least `x` in an interval at which a prox with `2^x` times the steps leaves the wanted fraction of zeros.
+def _between(factors: Tensor, count: int) -> float | None:
+    """The least factor, but for rounding, at which `count` of sorted ones are reached and the next is not.
 
-    All but the result stays on the device. Where there is none it is the upper end.
+    Where more than these are 0, it is below the first that is not. None where there is none to go by.
     """
-    width, left = high - low, torch.tensor(low)
-    for _ in range(20 if width > 1 else 8):  # lambda to a ten-thousandth, or to a thousandth
-        width /= 2
-        factor = (left + width).exp2()
-        after = ((terms, terms[0].tensor if step is None else prox(terms, step * factor)) for terms, step in work)
-        left = torch.where(_zero_fraction(after) < wanted, left + width, left)
-    return left.item() + width
-
-
-def _at_zero(terms: list[Term], step: float | Tensor) -> list[Term]:
-    """The terms, as if the update had found the tensor at zero."""
-    grad: Any = terms[0].tensor.grad
-    moved = step * (grad.to_dense() if grad.is_sparse else grad)
-    return [replace(term, tensor=moved, center=None) for term in terms]
-
-
-def _zeroes(term: Term) -> bool:
-    """Whether a term can make zeros."""
-    return term.linear > 0 or term.kind.coefficients is None
-
-
-def _zero_fraction(tensors: Iterable[tuple[list[Term], Tensor]]) -> Tensor:
-    """The fraction of exact zeros among the elements (groups, for terms over groups) of all tensors, 0-dim."""
-    zeros, count = torch.zeros(()), 0
-    for terms, w in tensors:
-        grouping = next((term.grouping for term in terms if term.grouped), Elements())
-        u, _ = grouping.polar(everywhere(w))
-        zeros = zeros.to(u.device) + (u == 0).sum()
-        count += u.numel()
-    return zeros / max(count, 1)
-
-
-def _logit(fraction: float) -> float:
-    return math.log((fraction + 0.002) / (1 - fraction + 0.002))
+    low = float(factors[count - 1]) if count else 0.0
+    high = float(factors[count]) if count < len(factors) else math.inf
+    if high == 0:
+        positive = int(torch.searchsorted(factors, 0.0, right=True))
+        high = float(factors[positive]) if positive < len(factors) else math.inf
+    if low == math.inf or (low == 0 and high == math.inf):
+        return None
+    return min(low * (1 + ROUNDING), (low + high) / 2) if low else high / 2

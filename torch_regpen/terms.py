@@ -258,10 +258,13 @@ def pieces(terms: list[Term], times: int = 1) -> Iterator[tuple[list[Term], Take
     w = terms[0].tensor
     for take in multi_tensor.cuts(w, separable(terms), times):
         piece = take(w)
-        if piece is w:
-            yield terms, take
-        else:
-            yield [replace(t, tensor=piece, weights=take(t.weights), center=take(t.center)) for t in terms], take
+        yield (terms if piece is w else taken(terms, take)), take
+
+
+def taken(terms: list[Term], take: Take) -> list[Term]:
+    """The terms of one tensor on what `take` takes of it."""
+    tensor = take(terms[0].tensor)
+    return [replace(t, tensor=tensor, weights=take(t.weights), center=take(t.center)) for t in terms]
 
 
 def separable(terms: list[Term]) -> list[int]:

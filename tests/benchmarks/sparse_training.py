@@ -126,15 +126,8 @@ def ours(kind: Any, mode: str, target: float, model: nn.Module, lr: float, steps
     optimizer = RegularizedOptimizer(inner, kind(model, 1e-4), mode)
     shrinking = int(SHRINKING * steps)
     every = max(shrinking // 60, 1) if mode == "dual" else None
-    schedule = TargetSparsity(optimizer, target, steps=shrinking, every=every)
-
-    def after_step(step: int) -> None:
-        if step <= shrinking:
-            schedule.step()
-        if step == shrinking:
-            optimizer.freeze_zeros()
-
-    return optimizer, after_step
+    schedule = TargetSparsity(optimizer, target, steps=shrinking, every=every, freeze=True)
+    return optimizer, lambda step: schedule.step()
 
 
 def torchao(config: dict[str, Any], model: nn.Module, lr: float, steps: int) -> Any:

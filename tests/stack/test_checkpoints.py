@@ -157,7 +157,8 @@ def test_a_checkpoint_of_the_bare_optimizer_starts_the_dual_mode_where_its_weigh
         torch.testing.assert_close(p + wrapped.optimizer.state[p]["gap"], q)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.filterwarnings("ignore:with steps=8")  # a short ramp in the proximal mode
+@pytest.mark.parametrize("mode", ["proximal", "dual"])
 def test_a_schedule_that_steers_by_the_weights_goes_on_bit_for_bit(mode, tmp_path):
     def run(seed=0):
         return Run(mode, seed, lambda optimizer: TargetSparsity(optimizer, 0.9, steps=8, every=1))

@@ -95,6 +95,29 @@ def test_it_is_regularized_dual_averaging(momentum):
     assert (ours[0].weight != 0).any()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_it_is_the_textbook_loop_for_every_kind_and_grouping(kind, momentum):
+    """The latent weights move by the gradient at the visible ones, which are their prox with the sum of all steps."""
+    lr = 0.05 * (1 - momentum)
+    ours, hand = network(torch.float64), network(torch.float64)
+    optimizer = Regularized(sgd(ours, lr, momentum=momentum), KINDS[kind](ours), "dual")
+    penalty = KINDS[kind](hand)
+    latent = [p.detach().clone() for p in hand.parameters()]
+    velocity = [torch.zeros_like(p) for p in hand.parameters()]
+    for step in range(25):
+        backward(ours, step)
+        backward(hand, step)
+        optimizer.step()
+        with torch.no_grad():
+            for p, z, v in zip(hand.parameters(), latent, velocity, strict=True):
+                v.mul_(momentum).add_(p.grad)
+                p.copy_(z.sub_(lr * v))
+        penalty.prox_((step + 1) * lr / (1 - momentum))
+        for p, q in zip(ours.parameters(), hand.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
 def test_under_adam_each_coordinate_has_its_own_sum():
     lam, lr, beta = 0.02, 0.01, 0.99
     ours, hand = network(torch.float64), network(torch.float64)

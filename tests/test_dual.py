@@ -1,5 +1,6 @@
 """The dual mode: against regularized dual averaging written by hand, and what must never get lost in it."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -92,6 +93,29 @@ def test_it_is_regularized_dual_averaging(momentum):
             torch.testing.assert_close(p, q)
     assert (ours[0].weight == 0).any()
     assert (ours[0].weight != 0).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_it_is_the_textbook_loop_for_every_kind_and_grouping(kind, momentum):
+    """The latent weights move by the gradient at the visible ones, which are their prox with the sum of all steps."""
+    lr = 0.05 * (1 - momentum)
+    ours, hand = network(torch.float64), network(torch.float64)
+    optimizer = Regularized(sgd(ours, lr, momentum=momentum), KINDS[kind](ours), "dual")
+    penalty = KINDS[kind](hand)
+    latent = [p.detach().clone() for p in hand.parameters()]
+    velocity = [torch.zeros_like(p) for p in hand.parameters()]
+    for step in range(25):
+        backward(ours, step)
+        backward(hand, step)
+        optimizer.step()
+        with torch.no_grad():
+            for p, z, v in zip(hand.parameters(), latent, velocity, strict=True):
+                v.mul_(momentum).add_(p.grad)
+                p.copy_(z.sub_(lr * v))
+        penalty.prox_((step + 1) * lr / (1 - momentum))
+        for p, q in zip(ours.parameters(), hand.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
 
 
 def test_under_adam_each_coordinate_has_its_own_sum():
@@ -372,6 +396,30 @@ def test_the_bare_optimizer_loads_its_state_dict(make):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("mode", ["proximal", "dual"])
+def test_a_state_with_latent_weights_of_an_earlier_version_begins_anew(mode):
+    model = network()
+    optimizer = Regularized(adam(model), L1(model, 0.05), mode)
+    train(model, optimizer, 2)
+    saved = optimizer.state_dict()
+    for entry in saved["state"].values():
+        if entry.pop(GAP, None) is not None or mode == "proximal":
+            entry.pop(STEPS, None)
+            entry["latent"], entry["latent_steps"] = entry["exp_avg"].clone(), entry["exp_avg"].clone()
+    with pytest.warns(UserWarning, match="earlier version") if mode == "dual" else contextlib.nullcontext():
+        optimizer.load_state_dict(saved)
+    assert all("latent" not in state and GAP not in state for state in optimizer.state.values())
+
+
+def test_other_modes_do_not_carry_gaps_along():
+    model = network()
+    optimizer = Regularized(sgd(model), L1(model, 0.05), "dual")
+    train(model, optimizer, 3)
+    other = Regularized(sgd(model), L1(model, 0.05), "proximal")
+    other.load_state_dict(optimizer.state_dict())
+    assert all(GAP not in state and STEPS not in state for state in other.state.values())
+
+
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_copies_train_alike_and_apart(way):
     model = network()
@@ -429,16 +477,6 @@ def test_a_closure_is_evaluated_at_the_visible_weights():
     assert all((x == 0).any() for x in seen[2::2])
     torch.testing.assert_close(optimizer.state[w][STEPS], torch.tensor(0.4))
     assert (w == 0).any()
-
-
-def test_lbfgs_with_a_line_search_runs_and_makes_zeros():
-    model = network()
-    inner = torch.optim.LBFGS(model.parameters(), lr=0.5, line_search_fn="strong_wolfe")
-    optimizer = Regularized(inner, L1(model, 0.05), "dual", metric="euclidean")
-    for _ in range(8):
-        optimizer.step(lambda: backward(model, 0))
-    assert all(p.isfinite().all() for p in model.parameters())
-    assert (model[0].weight == 0).any()
 
 
 def test_sparse_gradients_are_dense_ones():

@@ -825,18 +825,6 @@ def test_a_complex_parameter_under_adam_is_refused_in_its_own_metric():
     RegularizedOptimizer(torch.optim.SGD([w]), L1([w], 0.1), "proximal")
 
 
-@modes
-def test_weight_decay_beside_the_penalty_warns_once_at_construction(mode):
-    model = network()
-    with pytest.warns(UserWarning, match=r"0\.weight, 2\.weight: penalized here.*weight_decay of AdamW") as record:
-        optimizer = RegularizedOptimizer(torch.optim.AdamW(model.parameters()), L1(model, 0.1), mode)
-    assert len(record) == 1
-    assert record[0].filename == __file__
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        train(model, optimizer, steps=2)
-
-
 def test_weight_decay_on_other_parameters_does_not_warn():
     model = network()
     groups = [
@@ -845,7 +833,7 @@ def test_weight_decay_on_other_parameters_does_not_warn():
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        RegularizedOptimizer(torch.optim.AdamW(groups, weight_decay=0.1), L1(model, 0.1))
+        RegularizedOptimizer(torch.optim.AdamW(groups, weight_decay=0.1), L2(model, 0.1))
 
 
 @modes

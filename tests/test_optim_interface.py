@@ -14,7 +14,7 @@ from training import assert_same, closure_on, data, network, set_gradients, trai
 
 from torch_regpen import L1, L2, GroupLasso, RegularizedOptimizer
 
-MODES = ("coupled", "decoupled", "proximal")
+MODES = ("coupled", "decoupled", "proximal", "dual")
 modes = pytest.mark.parametrize("mode", MODES)
 
 
@@ -109,7 +109,7 @@ def saved(state):
     return torch.load(buffer, weights_only=True)
 
 
-@modes
+@pytest.mark.parametrize("mode", ["coupled", "decoupled", "proximal"])  # the dual mode adds its gaps
 @wrappers
 def test_its_state_dict_is_the_wrapped_optimizers_own(device, mode, make):
     model, bare = network(device), network(device)
@@ -380,9 +380,10 @@ def test_a_first_step_that_is_skipped_leaves_no_nan_behind(device, mode, make):
     assert all(p.isfinite().all() for p in skipped.parameters())
 
 
-def test_a_fused_optimizer_that_skips_its_first_step_itself_leaves_no_nan_behind(device):
+@pytest.mark.parametrize("mode", ["proximal", "dual"])
+def test_a_fused_optimizer_that_skips_its_first_step_itself_leaves_no_nan_behind(device, mode):
     model = network(device)
-    optimizer = wrapped_adam(model, "proximal", fused=True)
+    optimizer = wrapped_adam(model, mode, fused=True)
     optimizer.optimizer.found_inf = torch.ones((), device=device)  # as a scaler tells it
     before = copy.deepcopy(model)
     set_gradients(model, 0)

@@ -174,6 +174,8 @@ def test_two_l2_on_one_parameter_warn_once(mode, kind):
     model = network()
     with pytest.warns(UserWarning, match=r"0\.weight, 2\.weight.*weight_decay of AdamW.*both are L2") as record:
         optimizer = RegularizedOptimizer(optim.AdamW(model.parameters()), kind(model, 0.1), mode)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         train(model, optimizer, 2)
     assert len(record) == 1
     assert record[0].filename == __file__
@@ -219,10 +221,10 @@ def test_an_optimizer_that_sets_its_own_step_warns_in_the_decoupled_mode():
     model = network()
     with pytest.warns(UserWarning, match="sets its own step size.*coupled") as record:
         optimizer = RegularizedOptimizer(self_tuning(model.parameters()), L1(model, 0.1), "decoupled")
-        train(model, optimizer, 2)
     assert len(record) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        train(model, optimizer, 2)
         RegularizedOptimizer(self_tuning(model.parameters()), L1(model, 0.1), "coupled")
         RegularizedOptimizer(optim.Adafactor(model.parameters()), L1(model, 0.1), "decoupled")  # its "d" is another
 

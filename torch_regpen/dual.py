@@ -122,7 +122,7 @@ def _counted(terms: list[Term], size: Tensor, cap: float | Tensor) -> Tensor:
 def _slope(term: Term) -> Tensor:
     """By how much a unit step would shrink each element."""
     x = term.offset(term.tensor)
-    at_zero = torch.as_tensor(term.elementwise_lam, device=x.device).to(working_dtype(x.dtype))
+    at_zero = term.elementwise_lam * x.new_ones((), dtype=working_dtype(x.dtype))
     if term.kind.coefficients is None:  # its slope is largest at zero, or has no bound
         return at_zero.expand_as(x)
     if not term.linear:

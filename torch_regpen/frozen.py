@@ -115,7 +115,7 @@ class FrozenZeros:
 
     def mark_stepped(self) -> None:
         """Leave word in the optimizer's state, for a checkpoint, that training has made a parameter zero everywhere."""
-        for w in self._stepped:
+        for w in (w for group in self._optimizer.param_groups for w in group["params"] if w in self._stepped):
             if not self._optimizer.state.get(w) and all_zero(w):
                 self._optimizer.state[w][STEPPED] = True
 
@@ -136,7 +136,7 @@ class FrozenZeros:
             local(survivors).logical_or_(maximum([(largest(local(survivors)), w)]) == 0)
         state = self._optimizer.state.get(w, {})
         for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == w.shape and name not in OWN:
+            if isinstance(value, Tensor) and value.shape == w.shape and name not in (*OWN, "step"):
                 local(value).masked_fill_(~local(survivors), 0)
         if state:
             state[SURVIVORS] = survivors

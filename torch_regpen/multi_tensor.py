@@ -214,7 +214,8 @@ def threshold_latent_each_(
         lam: more than 0.
     """
     ws, gaps, sums, moments = (_local(xs) for xs in (ws, gaps, sums, moments))
-    buffer = None
+    factor = _variable(lam, ws[0]) if torch.compiler.is_compiling() else lam
+    most, buffer = cap / factor, None
     for run in _runs(ws):
         some = ws[run]
         numerator, e = (x[run][0] if len(some) == 1 else _spread(x[run], some) for x in (numerators, eps))
@@ -223,8 +224,8 @@ def threshold_latent_each_(
             s, moment = joined(some_sums), _wide(some_moments)
             buffer = _like(moment, buffer)  # the only temporary: memory that is new to the system costs more than sqrt
             size = torch.sqrt(moment, out=buffer).add_(e)
-            s.add_(torch.div(numerator, size, out=size).clamp_max_(cap / lam))
-            t = torch.mul(s, lam, out=size)
+            s.add_(torch.div(numerator, size, out=size).clamp_max_(most))
+            t = torch.mul(s, factor, out=size)
             _threshold_latent_(some_ws, some_gaps, t)
             seen = torch.sign(moment, out=size)
             torch._foreach_mul_(some_gaps, _parted(seen, some_gaps))

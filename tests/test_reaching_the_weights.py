@@ -290,6 +290,21 @@ def test_training_under_weight_norm_shrinks_units_away_without_nan(mode, make):
     assert dead or mode == "decoupled"
 
 
+def test_a_frozen_zero_under_weight_norm_stays_zero():
+    x = torch.randn(64, 5)
+    layer = parametrizations.weight_norm(nn.Linear(5, 3))
+    optimizer = RegularizedOptimizer(torch.optim.Adam(layer.parameters(), lr=0.05), GroupLasso(layer, 0.5), "proximal")
+    for step in range(300):
+        optimizer.zero_grad()
+        (layer(x) - x[:, :1]).square().mean().backward()
+        optimizer.step()
+        if step == 150:
+            optimizer.freeze_zeros()
+            dead = (layer.weight == 0).all(1)
+    assert dead.any()
+    assert torch.equal((layer.weight == 0).all(1), dead)
+
+
 # Lambda
 
 

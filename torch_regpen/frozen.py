@@ -21,9 +21,7 @@ __all__ = ["OWN", "SURVIVORS", "FrozenZeros"]
 
 FROZEN = "zeros_frozen"  # in a param_group: its zeros are frozen
 SURVIVORS = "survivors"  # in the state of a parameter: a mask, False where it is held; or 0-dim, for all of it
-STEPPED = (
-    "stepped"  # in the state of a parameter that is zero, for which the optimizer keeps nothing: training made it so
-)
+STEPPED = "stepped"  # in the state of a zero parameter for which the optimizer keeps nothing: training made it so
 OWN = (GAP, STEPS, SURVIVORS)  # the tensors that the package keeps in the state of a parameter
 
 
@@ -132,6 +130,9 @@ class FrozenZeros:
         """Find the mask of a parameter; one that is zero everywhere and was not stepped yet is left free."""
         w, center = terms[0].tensor, _center(terms)
         survivors = w.detach() != (0 if center is None else center)
+        length = terms[0].length
+        if length is not None:  # under weight_norm a zero weight is one of length 0
+            survivors = survivors & (length.detach() != 0)
         if not stepped:
             local(survivors).logical_or_(maximum([(largest(local(survivors)), w)]) == 0)
         state = self._optimizer.state.get(w, {})

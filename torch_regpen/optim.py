@@ -190,12 +190,11 @@ class RegularizedOptimizer(Optimizer):
 
     @torch.no_grad()
     def _after_update(self, active: list[Bundle]) -> None:
-        penalized = self._penalized(active)
-        self._mode.after_update(penalized)
-        for bundle in penalized:
-            zero_lengths_(bundle)
+        self._mode.after_update(self._penalized(active))
         self._zeros.note(active)
         self._zeros.hold(active)
+        for bundle in active:
+            zero_lengths_(bundle)
 
     def _penalized(self, active: list[Bundle]) -> list[Bundle]:
         return [] if self._zeros.on else active

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import multi_tensor
 from .groups import Elements, working_dtype
 from .metric import RootStep
-from .prox import Sized, limit, prox
+from .prox import Sized, limit, prox, scale_, scales_in_place
 from .sharding import local, on_parts
 from .terms import Bundle, Term, pieces
 
@@ -89,6 +89,11 @@ def average_(bundle: Bundle, states: Sequence[State], steps: Sequence[Sized]) ->
 def _average_(terms: list[Term], gap: Tensor, sums: Tensor, step: Sized) -> None:
     """`average_` of a piece of a tensor."""
     w = terms[0].tensor
+    if not sums.ndim and w.dtype == gap.dtype and scales_in_place(terms):
+        w.copy_(gap.add_(w))
+        scale_(terms[0], w, sums * terms[0].scaled_lam)
+        gap.sub_(w)
+        return
     if sums.ndim:
         sums.add_(counted(terms, step))
     latent = w + gap

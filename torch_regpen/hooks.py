@@ -47,19 +47,26 @@ def updated(optimizer: Optimizer, *args: Any, finish: Callable[[], None]) -> Any
         result = optimizer.step(*args)
         finish()
         return result
-    moved = finished = False
+    depth, moved, finished = 0, False, False  # a subclass may call the step that it overrides, hooks included
 
-    def first(*_: Any) -> None:
-        nonlocal moved
-        moved = True
+    def enter(*_: Any) -> None:
+        nonlocal depth
+        depth += 1
+
+    def leave(*_: Any) -> None:
+        nonlocal depth, moved
+        depth -= 1
+        moved = moved or depth == 0
 
     def last(*_: Any) -> None:
         nonlocal finished
-        finished = True
-        finish()
+        if moved and not finished:
+            finished = True
+            finish()
 
-    handles = [optimizer.register_step_post_hook(hook) for hook in (first, last)]
-    optimizer._optimizer_step_post_hooks.move_to_end(handles[0].id, last=False)  # type: ignore[attr-defined]
+    left = optimizer.register_step_post_hook(leave)
+    optimizer._optimizer_step_post_hooks.move_to_end(left.id, last=False)  # type: ignore[attr-defined]
+    handles = [left, optimizer.register_step_pre_hook(enter), optimizer.register_step_post_hook(last)]
     try:
         result = optimizer.step(*args)
         moved = True

@@ -262,7 +262,7 @@ class RegularizedOptimizer(Optimizer):
         warnings.warn(
             "this penalty is in the loss and in the optimizer at once, and counts double; take penalty() out of the "
             "loss, or the penalty out of the optimizer",
-            stacklevel=3,
+            stacklevel=4,
         )
 
     # What follows makes it the optimizer that it wraps, for whoever looks at it.

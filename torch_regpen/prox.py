@@ -24,7 +24,19 @@ from .terms import Bundle, Term, pieces, separable
 if TYPE_CHECKING:
     from .penalty import Penalty
 
-__all__ = ["Sized", "Step", "check_prox", "decay_", "limit", "one_step", "prox", "prox_", "zero_lengths_"]
+__all__ = [
+    "Sized",
+    "Step",
+    "check_prox",
+    "decay_",
+    "limit",
+    "one_step",
+    "prox",
+    "prox_",
+    "scale_",
+    "scales_in_place",
+    "zero_lengths_",
+]
 
 NEWTON_STEPS = 16  # of the root search; 13 were the most that any of 800,000 groups, made to be hard, needed
 
@@ -92,21 +104,30 @@ def prox_(bundle: Bundle, steps: Sequence[Sized]) -> None:
 
 def _prox_along_rays_(terms: list[Term], step: Sized) -> bool:
     """The proximal map of a single term over groups in place, where that takes no copy; whether it does."""
-    if len(terms) != 1 or step.cap is not None or not _scalar(step.size):
+    if step.cap is not None or not _scalar(step.size) or not scales_in_place(terms):
         return False
     (term,) = terms
-    w, grouping = term.tensor, term.grouping
-    if not isinstance(grouping, NormGrouping) or term.center is not None or term.kind.positive:
-        return False
-    if torch.compiler.is_compiling() or local(w) is not w:
-        return False
-    if not torch._C._is_alias_of(grouping.view(w), w):  # type: ignore[attr-defined]
-        return False
+    w = term.tensor
     rows = [dim for dim in separable(terms) if dim == 0]  # along another dimension a norm reads memory in order uncut
     for take in multi_tensor.cuts(w, rows, times=8):
-        t = step.size * take(term.scaled_lam)
-        grouping.scale_(take(w), partial(term.kind.rho_prox, t=t))
+        scale_(term, take(w), step.size * take(term.scaled_lam))
     return True
+
+
+def scales_in_place(terms: list[Term]) -> bool:
+    """Whether their prox with a scalar step is `scale_`: of a single term over groups, of which a tensor is a view."""
+    if len(terms) != 1 or torch.compiler.is_compiling():
+        return False
+    w, grouping = terms[0].tensor, terms[0].grouping
+    if not isinstance(grouping, NormGrouping) or terms[0].center is not None or terms[0].kind.positive:
+        return False
+    return local(w) is w and torch._C._is_alias_of(grouping.view(w), w)  # type: ignore[attr-defined]
+
+
+def scale_(term: Term, w: Tensor, t: float | Tensor) -> None:
+    """The proximal map of a term over groups, in place of `w`."""
+    grouping: Any = term.grouping
+    grouping.scale_(w, partial(term.kind.rho_prox, t=t))
 
 
 def decay_(bundle: Bundle, step: float | Tensor) -> None:

@@ -1,7 +1,7 @@
 """Random lives of an optimizer with a penalty, beside a plain loop that is written from the formulas.
 
-Each sequence draws a mode, a kind, an optimizer and 40 events: steps, exceptions in hooks and closures, checkpoints that
-are saved and loaded into new objects, deep copies, frozen and unfrozen zeros, new lambdas and learning rates, a layer
+Each sequence draws a mode, a kind, an optimizer and 40 events: steps, exceptions in hooks and closures, checkpoints
+that are saved and loaded into new objects, deep copies, frozen and unfrozen zeros, new lambdas and learning rates, a layer
 that is replaced, another number of threads. After each event all weights have to be those of the plain loop.
 
     python tests/benchmarks/soak.py --sequences 2000
@@ -35,7 +35,7 @@ OPTIMIZERS = {
 }
 
 
-class Interrupted(Exception):
+class Interruption(Exception):  # noqa: N818  no error: it is planned
     """What a hook or a closure raises."""
 
 
@@ -193,7 +193,7 @@ class Life:
         self.set(grads)
 
         def fail(*_):
-            raise Interrupted
+            raise Interruption
 
         target = self.optimizer.optimizer if "inner" in where else self.optimizer
         handle = None
@@ -203,7 +203,7 @@ class Life:
             handle = target.register_step_post_hook(fail)
         try:
             self.optimizer.step(fail if where == "closure" else None)
-        except Interrupted:
+        except Interruption:
             pass
         else:
             raise AssertionError("the exception was swallowed")

@@ -1,8 +1,8 @@
 """Random lives of an optimizer with a penalty, beside a plain loop that is written from the formulas.
 
 Each sequence draws a mode, a kind, an optimizer and 40 events: steps, exceptions in hooks and closures, checkpoints
-that are saved and loaded into new objects, deep copies, frozen and unfrozen zeros, new lambdas and learning rates, a layer
-that is replaced, another number of threads. After each event all weights have to be those of the plain loop.
+saved and loaded into new objects, deep copies, frozen and unfrozen zeros, new lambdas and learning rates, a layer that
+is replaced, another number of threads. After each event all weights have to be those of the plain loop.
 
     python tests/benchmarks/soak.py --sequences 2000
 """

@@ -247,7 +247,8 @@ def test_heads_are_cut_in_the_projections_of_attention_only():
     assert names(GroupLasso(model, 0.1, groups=Heads(4))) == ["self_attn.in_proj_weight"]
     assert names(GroupLasso(model, 0.1, groups=Heads(4), select="linear1.weight")) == ["linear1.weight"]
     with pytest.raises(ValueError, match="attention"):
-        GroupLasso(nn.Linear(8, 8), 0.1, groups=Heads(4))
+        GroupLasso(nn.Sequential(nn.Linear(8, 8)), 0.1, groups=Heads(4))
+    assert names(GroupLasso(model.linear1, 0.1, groups=Heads(4))) == ["weight"]  # a single layer is meant itself
 
 
 def test_another_number_of_heads_than_the_layer_has_is_refused():

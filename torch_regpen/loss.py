@@ -24,7 +24,7 @@ def check_differentiated(work: Iterable[Bundle]) -> None:
 
     The penalty would be a constant, and its gradient be missing.
     """
-    if not torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return
     functorch: Any = torch._C._functorch
     differentiating = {functorch.TransformType.Grad, functorch.TransformType.Jvp}

@@ -108,7 +108,8 @@ class Rule:
         if word == "all":
             return True
         weight = is_weight(slot, key, tensor)
-        return weight and (word == "weights" or is_attention_projection(slot))
+        # Whoever gives a single layer means that layer.
+        return weight and (word == "weights" or is_attention_projection(slot) or len(slot.ancestors) == 1)
 
     def matches(self, slot: Slot, key: str, name: str, tensor: Tensor) -> bool:
         """Whether a parameter is meant."""

@@ -438,9 +438,9 @@ def the_board_counts_over_all_ranks():
         model.register_parameter("plain", nn.Parameter(values.clone()))
         folder = str(shared_folder() / ("plain" if plain else "sharded"))
         writer = SummaryWriter(folder) if dist.get_rank() == 0 else None
-        WeightLogger(writer, L1(model, 0.1)).step()
+        WeightLogger(writer, L1(model, 0.1, select="all")).step()
         for step, groups in enumerate(("output", "input", Blocks(4)), start=1):
-            WeightLogger(writer, GroupLasso(model, 0.1, groups=groups)).step(step)
+            WeightLogger(writer, GroupLasso(model, 0.1, groups=groups, select="all")).step(step)
         if writer is not None:
             writer.close()
             board = EventAccumulator(folder, size_guidance={"scalars": 0, "histograms": 0}).Reload()

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -126,6 +127,17 @@ def test_a_changed_attribute_of_a_kind_holds_for_all_parameters():
         w.grad = torch.zeros_like(w)
     penalty.add_grad_()
     torch.testing.assert_close([w.grad for w in ws], list(torch.autograd.grad(expected(), ws)))
+
+
+def test_a_pickled_choice_by_a_lambda_goes_on_until_it_is_asked():
+    model = Net()
+    penalty = L1(model, 1.0, select=lambda name, p: name == "fc.weight")
+    copied, of_copy = pickle.loads(pickle.dumps((model, penalty)))
+    torch.testing.assert_close(of_copy(), penalty())
+    assert names(copy.deepcopy(penalty)) == ["fc.weight"]
+    copied.more = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match=r"more\.weight.*build the penalty anew"):
+        of_copy()
 
 
 # Frozen models

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
@@ -103,6 +104,14 @@ class Rule:
         ]
         self.conditions = [(e, holds) for e, holds in forms if e]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rule:
+        return self  # it never changes
+
+    def __reduce__(self) -> Any:
+        # A lambda cannot be pickled, and is needed only where layers are added later.
+        entries = [entry if not callable(entry) or _can_be_pickled(entry) else _lost for entry in _flat(self.given)]
+        return Rule, (entries, "select")
+
     @staticmethod
     def _by_word(word: str, slot: Slot, key: str, name: str, tensor: Tensor) -> bool:
         if word == "all":
@@ -116,6 +125,21 @@ class Rule:
         return bool(self.conditions) and all(
             any(holds(entry, slot, key, name, tensor) for entry in entries) for entries, holds in self.conditions
         )
+
+
+def _can_be_pickled(function: Any) -> bool:
+    try:
+        pickle.dumps(function)
+    except Exception:  # whatever it holds says so in its own way
+        return False
+    return True
+
+
+def _lost(name: str, parameter: Tensor) -> bool:
+    raise ValueError(
+        f"parameter {name!r} came after the penalty was pickled, and the function that chose among the parameters "
+        "could not be pickled; build the penalty anew"
+    )
 
 
 def _flat(given: Any) -> Iterator[Any]:
@@ -307,8 +331,8 @@ def _of_tensors(params: Any, select: Select | None, exclude: Select | None) -> l
     if select is None and flat and len(slots) > 1:
         warn(
             f"biases and norm scales seem to be among the {len(slots)} tensors: {', '.join(flat[:4])}"
-            f"{', ...' if len(flat) > 4 else ''} have fewer than 2 dimensions, and are penalized like the rest. Give "
-            "the module, which leaves them out; or say select='all', or select='weights' for those with 2 or more"
+            f"{', ...' if len(flat) > 4 else ''} have fewer than 2 dimensions above 1, and are penalized like the "
+            "rest. Give the module, which leaves them out; or say select='all', or select='weights' for the others"
         )
     if select == "weights":
         slots = [slot for slot in slots if is_weight(slot, slot.key, slot.tensor)]  # type: ignore[arg-type]

@@ -116,9 +116,11 @@ class Rule:
     def _by_word(word: str, slot: Slot, key: str, name: str, tensor: Tensor) -> bool:
         if word == "all":
             return True
-        weight = is_weight(slot, key, tensor)
-        # Whoever gives a single layer means that layer.
-        return weight and (word == "weights" or is_attention_projection(slot) or len(slot.ancestors) == 1)
+        if not is_weight(slot, key, tensor):
+            return False
+        # Whoever gives a single linear layer means that layer.
+        single = len(slot.ancestors) == 1 and isinstance(slot.owner, (nn.Linear, *transformers_conv1d()))
+        return word == "weights" or single or is_attention_projection(slot)
 
     def matches(self, slot: Slot, key: str, name: str, tensor: Tensor) -> bool:
         """Whether a parameter is meant."""

@@ -386,6 +386,18 @@ def test_sparsity_and_totals_count_each_element_once():
         assert L1(Net(), 0.1).sparsity().is_meta  # nothing is read back
 
 
+def test_sparsity_does_not_depend_on_the_default_dtype():
+    layer = nn.Linear(400, 300)
+    with torch.no_grad():
+        layer.weight[150:] = 0
+    torch.set_default_dtype(torch.float16)
+    try:
+        assert L1(layer, 0.1).sparsity() == 0.5
+        assert L1(layer, 0.1).stationarity().dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_zero_groups_are_named_by_what_the_penalty_groups():
     model = Net()
     with torch.no_grad():

@@ -337,7 +337,7 @@ class Penalty(nn.Module):
             for terms in by_tensor(self.terms())
             if terms[0].tensor.grad is not None and terms[0].tensor.numel()
         ]
-        return sharding.maximum(distances) if distances else torch.zeros(())
+        return sharding.maximum(distances) if distances else torch.zeros((), dtype=torch.float32)
 
     def restricted_to(self, optimizer: torch.optim.Optimizer) -> Penalty:
         """The same penalty, lambda shared, on those of its parameters that `optimizer` owns.
@@ -360,7 +360,7 @@ class Penalty(nn.Module):
         tensors = [terms[0] for terms in by_tensor(self.terms() or self.terms(frozen=True))]
         elements = sum(term.tensor.numel() for term in tensors)
         zeros = [sharding.everywhere((term.offset(term.tensor) == 0).sum()) for term in tensors]
-        return torch.stack([count.to(zeros[0].device) for count in zeros]).sum() / max(elements, 1)
+        return torch.stack([count.to(zeros[0].device) for count in zeros]).sum().float() / max(elements, 1)
 
     @torch.no_grad()
     def zero_groups(self) -> dict[str, list[int]]:

@@ -158,7 +158,7 @@ class ActivityPenalty(nn.Module):
         if not self._ran and self._handles:
             raise RuntimeError("there was no forward of the model yet whose activations could be penalized")
         self._asked = self._asked or torch.is_grad_enabled()
-        total = torch.zeros(())
+        total = torch.zeros((), dtype=torch.float32)
         for size in (size for sizes in self._sizes.values() for size in sizes):
             total = total.to(size.device) + size
         return self.lam * total

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -21,7 +20,9 @@ from .modes import MODES, Proximal
 from .multi_tensor import Take
 from .penalty import Penalty, Sum
 from .prox import zero_lengths_
+from .selection import owned_ids
 from .terms import Bundle, Term, bundles, by_tensor, taken
+from .warn import warn
 
 __all__ = ["RegularizedOptimizer"]
 
@@ -124,7 +125,7 @@ class RegularizedOptimizer(Optimizer):
         that is zero everywhere and was not stepped yet, such as a LoRA matrix before training, is left free. Called
         again, it holds the zeros that have come since. It travels in `state_dict()`.
         """
-        owned = {id(tensor) for group in self.param_groups for tensor in group["params"]}
+        owned = owned_ids(self)
         penalized = by_tensor(self.penalty.terms(frozen=True))
         self._zeros.freeze(terms for terms in penalized if id(terms[0].tensor) in owned)
 
@@ -236,33 +237,29 @@ class RegularizedOptimizer(Optimizer):
             if any(term.quadratic for term in terms)
         ]
         if decaying:
-            warnings.warn(
+            warn(
                 f"{', '.join(decaying)}: penalized by an L2 here, and by the weight_decay of {name} too (AdamW's "
-                "default is 0.01): both are L2, and both shrink them. Set weight_decay=0 for them if that is not meant",
-                stacklevel=3,
+                "default is 0.01): both are L2, and both shrink them. Set weight_decay=0 for them if that is not meant"
             )
         why = why_not(self.optimizer)
         if self.moves_by_prox and self.metric == "auto" and why is not None:
-            warnings.warn(
+            warn(
                 f"{name} {why}: the step that it takes for a unit gradient is not known, and the prox takes its lr. "
-                "Pass metric='euclidean' to say that this is right, or a callable that returns the step",
-                stacklevel=3,
+                "Pass metric='euclidean' to say that this is right, or a callable that returns the step"
             )
         if self.mode == "decoupled" and sets_its_own_step(self.optimizer):
-            warnings.warn(
+            warn(
                 f"{name} sets its own step size, which its lr is not: mode='decoupled' takes lr * lam, whatever that "
-                "step is. Use mode='coupled', or mode='proximal' with a callable metric that returns the step",
-                stacklevel=3,
+                "step is. Use mode='coupled', or mode='proximal' with a callable metric that returns the step"
             )
 
     def _warn_if_in_loss(self) -> None:
         if self._warned_in_loss or not any(part.seen["in_loss"] for part in self.penalty.parts):
             return
         self._warned_in_loss = True
-        warnings.warn(
+        warn(
             "this penalty is in the loss and in the optimizer at once, and counts double; take penalty() out of the "
-            "loss, or the penalty out of the optimizer",
-            stacklevel=4,
+            "loss, or the penalty out of the optimizer"
         )
 
     # What follows makes it the optimizer that it wraps, for whoever looks at it.

@@ -21,7 +21,7 @@ from . import loss, sharding
 from .groups import Elements, Grouping, Groups, Heads, SingularValues, working_dtype
 from .lookup import Slot, spellings
 from .prox import Step, check_prox, prox_, zero_lengths_
-from .selection import Params, Select, Selection
+from .selection import Params, Select, Selection, owned_ids
 from .stationarity import distance
 from .summary import summary_table
 from .terms import Bundle, Term, add_grad_, add_grad_and_value_, bundles, by_tensor, check_grad
@@ -535,7 +535,7 @@ class Sum(Penalty):
 
     def restricted_to(self, optimizer: torch.optim.Optimizer) -> Penalty:
         """The same sum, lambdas shared, on those of its parameters that `optimizer` owns."""
-        owned = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+        owned = owned_ids(optimizer)
         parts = [part for part in self.parts if any(id(term.tensor) in owned for term in part.terms(frozen=True))]
         if not parts:
             raise ValueError(f"{type(optimizer).__name__} owns none of the parameters of {self!r}")

@@ -92,14 +92,14 @@ def prox_(bundle: Bundle, steps: Sequence[Sized]) -> None:
             multi_tensor.soft_threshold_(bundle.tensors, step.size * linear)
         if quadratic:
             multi_tensor.mul_(bundle.tensors, 1 / (1 + step.size * (2 * quadratic)))
-    else:
-        for terms, step in zip(bundle.each, steps, strict=True):
-            terms = [term for term in terms if not term.off]
-            if _prox_along_rays_(terms, step):
-                continue
-            for some, take in pieces(terms):
-                part = step.part(take)
-                some[0].tensor.copy_(prox(some, part.size, part.cap))
+        return
+    for terms, step in zip(bundle.each, steps, strict=True):
+        terms = [term for term in terms if not term.off]
+        if _prox_along_rays_(terms, step):
+            continue
+        for some, take in pieces(terms):
+            part = step.part(take)
+            some[0].tensor.copy_(prox(some, part.size, part.cap))
 
 
 def _prox_along_rays_(terms: list[Term], step: Sized) -> bool:
@@ -139,10 +139,10 @@ def decay_(bundle: Bundle, step: float | Tensor) -> None:
             multi_tensor.mul_(bundle.tensors, factor.clamp_min(0) if isinstance(factor, Tensor) else max(factor, 0.0))
         if linear:
             multi_tensor.soft_threshold_(bundle.tensors, step * linear)
-    else:
-        for terms in bundle.each:
-            for some, _ in pieces([term for term in terms if not term.off]):
-                some[0].tensor.copy_(decayed(some, step))
+        return
+    for terms in bundle.each:
+        for some, _ in pieces([term for term in terms if not term.off]):
+            some[0].tensor.copy_(decayed(some, step))
 
 
 def zero_lengths_(bundle: Bundle) -> None:

@@ -19,7 +19,7 @@ from .lookup import Slot, Structure, all_slots, refuse_flattened, spellings, ten
 from .units import MULTIPLYING, is_attention_projection, transformers_conv1d
 from .warn import warn
 
-__all__ = ["Params", "Select", "Selection", "is_weight"]
+__all__ = ["Params", "Select", "Selection", "is_weight", "owned_ids"]
 
 Form = str | type[nn.Module] | Callable[[str, Tensor], bool]
 Select = Form | list[Any] | tuple[Any, ...]
@@ -226,7 +226,8 @@ class Selection:
         self.refresh()
         restricted = copy.copy(self)
         restricted.optimizer = optimizer
-        restricted.slots = [slot for slot in self.slots if _owns(optimizer, slot)]
+        owned = owned_ids(optimizer)
+        restricted.slots = [slot for slot in self.slots if _holds_any(slot, owned)]
         return restricted
 
     def _read(self) -> None:
@@ -249,6 +250,7 @@ class Selection:
     def _judge(self) -> None:
         """Choose among the slots. What was judged stays so: a parameter that took its place may have lost its marks."""
         excluded = self._excluded()
+        owned = None if self.optimizer is None else owned_ids(self.optimizer)
         slots = []
         for slot in self._every:
             if slot.is_gone():
@@ -269,7 +271,7 @@ class Selection:
                     for key, name, tensor in tensors
                     if id(tensor) not in excluded and self.select.matches(slot, key, name, tensor)
                 }
-            if slot.selected and (self.optimizer is None or slot in self.slots or _owns(self.optimizer, slot)):
+            if slot.selected and (owned is None or slot in self.slots or _holds_any(slot, owned)):
                 slots.append(slot)
         self.slots = slots
 
@@ -304,9 +306,13 @@ class Selection:
         )
 
 
-def _owns(optimizer: torch.optim.Optimizer, slot: Slot) -> bool:
-    owned = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
-    return any(id(tensor) in owned for *_, tensor in slot.tensors())
+def owned_ids(optimizer: torch.optim.Optimizer) -> set[int]:
+    """The ids of the parameters that an optimizer has now."""
+    return {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+
+
+def _holds_any(slot: Slot, ids: set[int]) -> bool:
+    return any(id(tensor) in ids for *_, tensor in slot.tensors())
 
 
 def _refuse_scripted(root: nn.Module) -> None:

@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import minimize
 
 from torch_regpen.groups import Slices
-from torch_regpen.prox import _block_soft_threshold
+from torch_regpen.ops.prox import _block_soft_threshold
 
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6}
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE)

@@ -16,7 +16,7 @@ from training import backward
 from torch_regpen import L0, L1, L2, MCP, SCAD, ElasticNet, GroupLasso, LHalf, LogSum, NuclearNorm, SparseGroupLasso
 from torch_regpen import RegularizedOptimizer as Regularized
 from torch_regpen import groups as g
-from torch_regpen.dual import GAP, STEPS
+from torch_regpen.optim.dual_averaging import GAP, STEPS
 
 KINDS = {
     "L1": lambda m: L1(m, 0.05),

@@ -11,7 +11,7 @@ from torch import nn, optim
 from training import backward
 
 from torch_regpen import L1, GroupLasso, RegularizedOptimizer
-from torch_regpen.dual import GAP
+from torch_regpen.optim.dual_averaging import GAP
 
 MODES = ["coupled", "decoupled", "proximal", "dual"]
 

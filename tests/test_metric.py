@@ -11,7 +11,7 @@ from test_solutions import l1_logistic
 from torch import nn, optim
 
 from torch_regpen import L1, MCP, GroupLasso, NuclearNorm, RegularizedOptimizer
-from torch_regpen.metric import steps_of, why_not
+from torch_regpen.optim.step_size import steps_of, unsupported_reason
 from torch_regpen.schedules import LinearRamp
 
 LAMBDA = 0.05864501344746885  # a tenth of the largest, on the diabetes data
@@ -325,7 +325,7 @@ def test_every_optimizer_of_torch_is_known_or_said_why_not():
     for name in named:
         kind = getattr(optim, name)
         if isinstance(kind, type) and issubclass(kind, optim.Optimizer):
-            why = why_not(kind([nn.Parameter(torch.ones(2, 2))]))
+            why = unsupported_reason(kind([nn.Parameter(torch.ones(2, 2))]))
             assert why is None or why != "takes an unknown step", name
 
 

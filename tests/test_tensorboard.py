@@ -23,11 +23,11 @@ from torch_regpen import (
     NuclearNorm,
     Orthogonal,
     SparseGroupLasso,
-    tally,
 )
 from torch_regpen.groups import Blocks, Heads, Slices
+from torch_regpen.inspect import histogram
 from torch_regpen.tensorboard import WeightLogger
-from torch_regpen.zeros import zero_groups
+from torch_regpen.ops.zero_groups import zero_groups
 
 pytest.importorskip("tensorboard")
 
@@ -245,7 +245,7 @@ def test_memory_layout_does_not_matter(board):
 
 
 def test_a_large_tensor_goes_through_in_chunks(board, monkeypatch):
-    monkeypatch.setattr(tally, "CPU_CHUNK", 7)
+    monkeypatch.setattr(histogram, "CPU_CHUNK", 7)
     w = normal(10, 10)
     w[0, 0] = math.nan
     log(board, holding(w=w))
@@ -255,15 +255,15 @@ def test_a_large_tensor_goes_through_in_chunks(board, monkeypatch):
 
 def test_counting_reads_nothing_back_from_the_device():
     with FakeTensorMode():  # has no values: reading one raises
-        tally.tally(torch.empty(100, 3))
+        histogram.histogram_counts(torch.empty(100, 3))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_counting_copies_no_more_than_a_chunk_at_once(layout, monkeypatch):
-    monkeypatch.setattr(tally, "CPU_CHUNK", 5000)
+    monkeypatch.setattr(histogram, "CPU_CHUNK", 5000)
     w = normal(20, 20, 10, 10).to(memory_format=layout)
     with LargestCopy(w) as copies:
-        tally.tally(w)
+        histogram.histogram_counts(w)
     assert copies.largest == 5000
 
 

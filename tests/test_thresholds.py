@@ -8,9 +8,9 @@ from torch import nn
 
 from torch_regpen import L0, L1, L2, MCP, SCAD, ElasticNet, GroupLasso, LHalf, LogSum, SparseGroupLasso
 from torch_regpen.groups import Elements, Heads, SingularValues
-from torch_regpen.penalty import Penalty
-from torch_regpen.prox import prox
-from torch_regpen.thresholds import sampled, stride_for, zero_factors
+from torch_regpen.penalties.base import Penalty
+from torch_regpen.ops.prox import prox
+from torch_regpen.ops.thresholds import sampled, stride_for, zero_factors
 
 
 class Capped(Penalty):

@@ -12,11 +12,12 @@ sys.modules["torch.distributed.tensor"] = None
 
 USE = """
 from torch import nn
-from torch_regpen import L1, GroupLasso, RegularizedOptimizer, sharding
+from torch_regpen import L1, GroupLasso, RegularizedOptimizer
+from torch_regpen.distributed import shards
 from torch_regpen.export import dead_units, prune_masks, sparse_state_dict
 from torch_regpen.path import lam_max
 from torch_regpen.report import report
-from torch_regpen.tally import tally
+from torch_regpen.inspect.histogram import histogram_counts
 
 model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(8, 4)
 penalty = L1(model, 0.1) + GroupLasso(model, 10.0)
@@ -29,12 +30,12 @@ assert (model[0].weight == 0).all()
 assert penalty.stationarity() < 100
 assert "12/12" in penalty.summary()
 assert dead_units(model) == {"0.weight": [0, 1, 2]}
-assert tally(model[0].weight)[0] == 12
+assert histogram_counts(model[0].weight)[0] == 12
 assert lam_max(penalty.penalties[0], lambda: model(x).square().sum()) > 0
 torch.save(sparse_state_dict(model), sys.argv[1])
 assert "3/3" in report(sys.argv[1])
 assert prune_masks(model).keys() == {"0.weight"}
-assert not isinstance(model[0].bias, sharding.DTensor)
+assert not isinstance(model[0].bias, shards.DTensor)
 print("done")
 """
 

@@ -1,22 +1,12 @@
 """Penalties on the weights of any PyTorch model: in the loss, in the optimizer, with exact zeros."""
 
 from . import functional, groups
-from .extra import ActivityPenalty, Orthogonal
-from .kinds import (
-    L0,
-    L1,
-    L2,
-    MCP,
-    SCAD,
-    ElasticNet,
-    GroupLasso,
-    LHalf,
-    LogSum,
-    NuclearNorm,
-    SparseGroupLasso,
-)
 from .optim import RegularizedOptimizer
-from .penalty import Penalty, Sum
+from .penalties.activity import ActivityPenalty
+from .penalties.base import Penalty, Sum
+from .penalties.convex import L1, L2, ElasticNet, GroupLasso, NuclearNorm, SparseGroupLasso
+from .penalties.nonconvex import L0, MCP, SCAD, LHalf, LogSum
+from .penalties.orthogonal import Orthogonal
 
 __all__ = [
     "L0",

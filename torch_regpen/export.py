@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from .dead import Place, places
-from .groups import Grouping
-from .penalty import Penalty
-from .selection import Select
-from .sharding import DTensor
+from .distributed.shards import DTensor
+from .groups.grouping import Grouping
+from .inspect.parameters import ParameterUse, find_parameters
+from .penalties.base import Penalty
+from .penalties.rules import Select
 
 __all__ = ["dead_units", "load_sparse_state_dict", "prune_masks", "sparse_state_dict"]
 
@@ -48,12 +48,12 @@ def dead_units(penalty_or_model: Penalty | nn.Module, *, select: Select | None =
     outputs: set[str] = set()
     if isinstance(penalty_or_model, Penalty):
         for term in penalty_or_model.terms(frozen=True):
-            if term.grouped and term.kind.groups == "output":
+            if term.grouped and term.penalty.groups == "output":
                 outputs.add(term.name)
-            elif term.grouped and (term.kind.groups == "input" or isinstance(term.kind.groups, int)):
+            elif term.grouped and (term.penalty.groups == "input" or isinstance(term.penalty.groups, int)):
                 inputs.setdefault(term.name, term.grouping)
     found = {}
-    for place in places(penalty_or_model, select, default="weights"):
+    for place in find_parameters(penalty_or_model, select, default="weights"):
         if place.tensor.ndim > 1:
             units = None if place.name in outputs else inputs.get(place.name)
             found[place.name] = place.dead(units).nonzero().flatten().tolist()
@@ -82,13 +82,13 @@ def prune_masks(penalty_or_model: Penalty | nn.Module, *, select: Select | None 
         ValueError: a parameter is sharded, or has zeros and is parametrized or without a module; nothing is then
             changed. `select` matches nothing, or is given beside a penalty.
     """
-    chosen = places(penalty_or_model, select, default="weights")
+    chosen = find_parameters(penalty_or_model, select, default="weights")
     pruned = [place for place in chosen if isinstance(place.tensor, DTensor) or bool((place.tensor == 0).any())]
     for place in pruned:
         _check_prunable(place)
     masks = {place.name: place.tensor != 0 for place in pruned}
     for place in pruned:
-        for owner, key in {(slot.owner, slot.key): None for slot in place.slots}:
+        for owner, key in {(ref.owner, ref.key): None for ref in place.refs}:
             plain = key.removesuffix("_orig")
             again = f"{plain}_mask" in owner._buffers  # type: ignore[union-attr]
             prune.custom_from_mask(owner, plain if again else key, masks[place.name])
@@ -146,11 +146,11 @@ def _compressed(w: Tensor) -> Tensor:
         return torch.sparse_csr_tensor(*positions, csr.values(), csr.shape)
 
 
-def _check_prunable(place: Place) -> None:
-    for slot in place.slots:
-        if slot.owner is None:
+def _check_prunable(place: ParameterUse) -> None:
+    for ref in place.refs:
+        if ref.owner is None:
             why = "is a tensor without a module, and torch.nn.utils.prune masks parameters of modules; give the module"
-        elif slot.key not in slot.owner._parameters:
+        elif ref.key not in ref.owner._parameters:
             why = "is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
         elif isinstance(place.tensor, DTensor):
             why = "is sharded; RegularizedOptimizer.freeze_zeros() holds zeros there, or give an unsharded copy"

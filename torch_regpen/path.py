@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .groups import NormGrouping
-from .optional import needed, with_progress_bar
-from .penalty import Penalty, Sum, checked_lam
-from .sharding import maximum
-from .stationarity import distance
-from .terms import Term, by_tensor
+from .distributed.reductions import max_over_ranks
+from .groups.norms import NormGrouping
+from .ops.subdifferential import distance
+from .ops.terms import Term, by_tensor
+from .penalties.base import Penalty, Sum
+from .penalties.param_groups import checked_lam
+from .utils import require, with_progress_bar
 
 __all__ = ["Path", "lam_max", "regularization_path"]
 
@@ -73,7 +74,9 @@ def lam_max(penalty: Penalty, loss_fn: Callable[[], Tensor]) -> float:
             def stationary(lam: float) -> bool:
                 penalty.lam = lam
                 with torch.no_grad():
-                    return all(bool(maximum([(distance(terms, grad), terms[0].tensor)]) == 0) for terms, grad in pairs)
+                    return all(
+                        bool(max_over_ranks([(distance(terms, grad), terms[0].tensor)]) == 0) for terms, grad in pairs
+                    )
 
             if stationary(0.0):
                 return 0.0
@@ -167,7 +170,7 @@ class Path:
         Raises:
             ImportError: matplotlib is missing.
         """
-        with needed("Path.plot needs matplotlib", "examples"):
+        with require("Path.plot needs matplotlib", "examples"):
             from matplotlib.figure import Figure
         columns = 1 if self.scores is None else 2
         figure = Figure(figsize=(1 + 5 * columns, 4), layout="constrained")
@@ -270,14 +273,14 @@ def regularization_path(
     with _lams_kept(penalty):
         try:
             penalty.lam = path.lams[0]
-            premises = {
+            cache_key = {
                 "lambdas": path.lams,
                 "folds": [[_digest(train), _digest(test)] for train, test in splits],
                 "score": getattr(score, "__qualname__", type(score).__qualname__),
                 "penalty": [repr(penalty), *path.penalized, *_settings(penalty)],
                 "model": [f"{name}: {list(getattr(value, 'shape', []))}" for name, value in start.items()],
             }
-            done = _Checkpoint(checkpoint, premises)
+            done = _Checkpoint(checkpoint, cache_key)
             for run, train, test, step in with_progress_bar(jobs, "regularization path") if progress else jobs:
                 if step == 0:
                     model.load_state_dict(start)
@@ -303,16 +306,16 @@ class _Checkpoint:
 
     Args:
         file: where; None keeps nothing.
-        premises: what the path is over, by name: what a file found there must agree with.
+        cache_key: what the path is over, by name: what a file found there must agree with.
     """
 
-    def __init__(self, file: str | File | None, premises: dict[str, Any]) -> None:
+    def __init__(self, file: str | File | None, cache_key: dict[str, Any]) -> None:
         self.file = None if file is None else File(file)
-        self.found: dict[str, Any] = {"premises": premises, "states": {}, "values": {}}
+        self.found: dict[str, Any] = {"cache_key": cache_key, "states": {}, "values": {}}
         if self.file is not None and self.file.exists():
             found = torch.load(self.file, weights_only=True)
-            known = found.get("premises", {})
-            other = [name for name, value in premises.items() if known.get(name) != value]
+            known = found.get("cache_key", {})
+            other = [name for name, value in cache_key.items() if known.get(name) != value]
             if other:
                 raise ValueError(f"{self.file} holds a path with other {', '.join(other)}; give another file")
             self.found = found

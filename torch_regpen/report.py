@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed.shards import DTensor
 from .export import sparse_bytes
-from .groups import Slices
-from .sharding import DTensor
-from .summary import aligned
-from .zeros import zero_groups
+from .groups.layouts import Slices
+from .ops.zero_groups import zero_groups
+from .utils import format_table
 
 __all__ = ["load_tensors", "report"]
 
@@ -47,7 +47,7 @@ def report(file: str | Path) -> str:
     rows = [_row(printable(name), tensor) for name, tensor in load_tensors(file).items()]
     elements, zeros, dense, sparse = (sum(column) for column in zip(*(numbers for _, numbers in rows), strict=True))
     total = ("total", "", f"{elements}", f"{zeros}", _percent(zeros, elements), "", "", "", "", _ratio(dense, sparse))
-    return aligned([HEADER, *(cells for cells, _ in rows), total])
+    return format_table([HEADER, *(cells for cells, _ in rows), total])
 
 
 def load_tensors(file: str | Path) -> dict[str, Tensor]:

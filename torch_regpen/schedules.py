@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .optim import RegularizedOptimizer
-from .penalty import Penalty
-from .terms import by_tensor
-from .thresholds import makes_zeros, sampled, stride_for, zero_factors
+from .ops.terms import by_tensor
+from .ops.thresholds import makes_zeros, sampled, stride_for, zero_factors
+from .optim.wrapper import RegularizedOptimizer
+from .penalties.base import Penalty
 
 __all__ = ["CosineRamp", "LamScheduler", "LinearRamp", "TargetSparsity"]
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .dead import places
-from .groups import Elements, Grouping
-from .penalty import Penalty
-from .selection import Select
-from .sharding import DTensor, everywhere
-from .tally import histogram, tally
-from .zeros import zero_groups
+from .distributed.shards import DTensor, full_tensor
+from .groups.grouping import Elements, Grouping
+from .inspect.histogram import histogram, histogram_counts
+from .inspect.parameters import find_parameters
+from .ops.zero_groups import zero_groups
+from .penalties.base import Penalty
+from .penalties.rules import Select
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -140,10 +140,10 @@ class WeightLogger:
         meant = self._meant()
         for name, (w, groups, center) in meant.items():
             if self.writer is not None or isinstance(w, DTensor):
-                rows[f"weights/{name}"] = tally(w)
+                rows[f"weights/{name}"] = histogram_counts(w)
                 offset = w if center is None else w - center
                 if center is not None:
-                    rows[f"zeros/{name}"] = everywhere((offset == 0).sum()).reshape(1)
+                    rows[f"zeros/{name}"] = full_tensor((offset == 0).sum()).reshape(1)
                 if groups is not None and w.numel():
                     rows[f"dead_groups/{name}"] = zero_groups(offset, groups).float().mean().reshape(1)
         if self.writer is not None and meant:
@@ -171,7 +171,7 @@ class WeightLogger:
         """
         found: dict[str, tuple[Tensor, Grouping | None, Tensor | None]] = {
             place.name: (place.tensor, place.outputs if place.tensor.ndim > 1 else None, None)
-            for place in places(self.source, self.select)
+            for place in find_parameters(self.source, self.select)
         }
         if not isinstance(self.source, Penalty):
             return found

@@ -1,0 +1,1 @@
+"""Sharded tensors: shards, reductions over ranks, and FSDP2."""

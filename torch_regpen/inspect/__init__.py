@@ -1,0 +1,1 @@
+"""Looking at weights: where they are in a model, their histograms."""

@@ -1,0 +1,167 @@
+"""Tensors in chunks that fit the cache, and small tensors together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from ..distributed.shards import local
+from ..groups.grouping import working_dtype
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """In elements.
+
+    Attributes:
+        small: the most of a tensor that goes together with others.
+        pack: the most of these together.
+        chunk: of the pieces of larger ones.
+    """
+
+    small: int
+    pack: int
+    chunk: int
+
+
+# A chunk of float32 and what is computed beside it are within the second-level cache; temporaries of twice the size go
+# back to the system each time, and new ones cost more than what is done to them.
+CPU = Sizes(small=1 << 17, pack=1 << 18, chunk=1 << 17)
+
+
+CUDA = Sizes(small=1 << 21, pack=1 << 24, chunk=1 << 24)  # enough to keep the device busy
+
+
+Scalar = float | Tensor  # a number or a 0-dim tensor
+
+
+Slicer = Callable[[Any], Any]
+
+
+def batch_indices(ws: Sequence[Tensor]) -> list[list[int]]:
+    """The indices of the tensors that go together: one large tensor, or small ones of one type, dtype and device."""
+    if torch.compiler.is_compiling():  # the compiler makes its own
+        return [[i] for i in range(len(ws))]
+    found: list[list[int]] = []
+    open_packs: dict[Any, list[int]] = {}
+    room: dict[Any, int] = {}
+    for i, w in enumerate(ws):
+        size, limits = w.numel(), sizes(w)
+        kind = (type(w), w.dtype, w.device)
+        if not 0 < size <= limits.small:
+            found.append([i])
+        elif size <= room.get(kind, 0):
+            open_packs[kind].append(i)
+            room[kind] -= size
+        else:
+            open_packs[kind] = [i]
+            room[kind] = limits.pack - size
+            found.append(open_packs[kind])
+    return found
+
+
+def slicers(w: Tensor, dims: Sequence[int], times: int = 1) -> Iterator[Slicer]:
+    """For each piece of a tensor what takes it, and the same of a tensor beside it; of all else, it takes the whole.
+
+    Args:
+        w: the tensor.
+        dims: along which it may be cut.
+        times: how much larger than usual the pieces may be, where next to nothing is written beside them.
+    """
+    chunk = times * sizes(w).chunk
+    if not dims or w.numel() <= chunk or local(w) is not w or torch.compiler.is_compiling():
+        yield lambda x: x
+        return
+    dim = max(dims, key=w.size)
+    length = max(1, chunk * w.shape[dim] // w.numel())
+    for start in range(0, w.shape[dim], length):
+        yield partial(_narrow, dim, start, length, w.shape[dim])
+
+
+def _narrow(dim: int, start: int, length: int, whole: int, x: Any) -> Any:
+    if not isinstance(x, Tensor) or x.ndim <= dim or x.shape[dim] != whole:
+        return x
+    return x.narrow(dim, start, min(length, whole - start))
+
+
+def half_chunks(ws: Sequence[Tensor]) -> Iterator[slice]:
+    """Parts of a pack of half a chunk each, where several temporaries of their size have to fit the cache."""
+    start = size = 0
+    for i, w in enumerate(ws):
+        if i > start and size + w.numel() > sizes(w).chunk // 2:
+            yield slice(start, i)
+            start, size = i, 0
+        size += w.numel()
+    yield slice(start, len(ws))
+
+
+def zip_chunks(*lists: Sequence[Tensor], times: int = 1) -> Iterator[tuple[list[Tensor], ...]]:
+    """Corresponding pieces of lists of tensors of the same shapes: chunks of single ones, or all of a pack."""
+    parts = tuple(map(local_shards, lists))
+    if len(parts[0]) > 1 or torch.compiler.is_compiling():
+        yield parts
+    else:
+        for chunks in _chunks(*(x for (x,) in parts), times=times):
+            yield tuple([chunk] for chunk in chunks)
+
+
+def _chunks(w: Tensor, *others: Tensor, times: int) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape, cut alike, whatever their strides: along dim 0, if its rows fit a chunk."""
+    size, chunk = w.numel(), times * sizes(w).chunk
+    if size <= chunk:
+        return iter([(w, *others)])
+    if all(x.is_contiguous() for x in (w, *others)):
+        return zip(*(x.view(-1).split(chunk) for x in (w, *others)), strict=True)
+    dim = 0 if size // len(w) <= chunk else max(range(w.ndim), key=w.size)
+    rows = max(1, chunk * w.shape[dim] // size)
+    return zip(*(x.split(rows, dim) for x in (w, *others)), strict=True)
+
+
+def sizes(w: Tensor) -> Sizes:
+    """How tensors are put together and cut on the device of `w`."""
+    return CUDA if w.is_cuda else CPU
+
+
+def local_shards(ws: Sequence[Tensor]) -> list[Tensor]:
+    """The parts of the tensors of a pack that lie on this rank."""
+    return list(map(local, ws)) if local(ws[0]) is not ws[0] else list(ws)
+
+
+def joined(some: Sequence[Tensor]) -> Tensor:
+    """A tensor as it is, or several as one."""
+    if len(some) == 1:
+        return some[0]
+    if torch._C._are_functorch_transforms_active():  # which know no more than this
+        return torch.cat([x.reshape(-1) for x in some])
+    return _flatten_dense_tensors(some)  # type: ignore[no-any-return]
+
+
+def joined_wide(some: Sequence[Tensor]) -> Tensor:
+    """`joined`, in float32 at least."""
+    x = joined(some)
+    return x.to(working_dtype(x.dtype))
+
+
+def split_like(x: Tensor, some: list[Tensor]) -> list[Tensor]:
+    """Takes apart again what `joined` put together."""
+    return [x] if len(some) == 1 else list(_unflatten_dense_tensors(x, some))
+
+
+def buffer_like(x: Tensor, buffer: Tensor | None) -> Tensor | None:
+    """Memory to write to for each piece anew, where that is known to be possible; None for what torch allocates."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None
+    if buffer is not None and buffer.is_contiguous() and x.is_contiguous() and x.numel() <= buffer.numel():
+        return buffer.view(-1)[: x.numel()].view(x.shape)
+    return buffer if buffer is not None and buffer.shape == x.shape else torch.empty_like(x)
+
+
+def spread_scalars(xs: Tensor, ws: Sequence[Tensor]) -> Tensor:
+    """An element for each tensor of a pack, as one for each of theirs, `joined`."""
+    return joined([x.expand_as(w) for x, w in zip(xs.unbind(), ws, strict=True)])

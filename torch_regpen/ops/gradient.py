@@ -1,0 +1,48 @@
+"""The (sub)gradient of a penalty, added to `.grad` in place, without autograd."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import foreach
+from .batches import TensorBatch
+from .sharded import on_local_shards
+from .terms import Term
+
+__all__ = ["add_grad_", "add_grad_and_value_", "check_grad"]
+
+
+def check_grad(terms: list[Term]) -> None:
+    """Raise `ValueError` where a kind has no gradient to descend."""
+    for term in terms:
+        name = type(term.penalty).__name__
+        if not term.penalty.has_grad():
+            raise ValueError(f"{name} has no gradient that could lead anywhere; use mode='proximal' or 'dual'")
+        if term.penalty.positive:
+            raise ValueError(
+                f"{name}(positive=True) keeps weights from becoming negative by its prox, which a gradient cannot do; "
+                "use mode='proximal' or 'dual'"
+            )
+
+
+def add_grad_(batch: TensorBatch, *, ascend: bool = False) -> None:
+    """`grad += (sub)gradient` on each tensor; `grad -= (sub)gradient` for an optimizer that maximizes."""
+    if batch.inactive:
+        return
+    sign = -1 if ascend else 1
+    if batch.elementwise:
+        linear, quadratic = batch.coefficients
+        foreach.add_(batch.grads, batch.tensors, sign * linear, sign * quadratic)
+    else:
+        batch.grads[0].add_(_grad([term for term in batch.terms if not term.inactive]), alpha=sign)
+
+
+def add_grad_and_value_(batch: TensorBatch) -> Tensor:
+    """`add_grad_` of a batch that `is_local`, and its value from the same pass over the weights."""
+    return foreach.add_with_total_(batch.grads, batch.tensors, *batch.coefficients)
+
+
+@on_local_shards
+def _grad(terms: list[Term]) -> Tensor:
+    first, *rest = (term.grad(term.tensor) for term in terms)
+    return sum(rest, start=first)

@@ -1,0 +1,69 @@
+"""The step size of an optimizer, as the proximal map takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .chunks import Slicer
+
+__all__ = ["Step", "adaptive", "is_scalar"]
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """The step that an optimizer takes for a unit gradient: `numerator`, or `numerator / (sqrt(moment) + eps)`.
+
+    Attributes:
+        numerator: a number, a 0-dim tensor, or a tensor of the parameter's shape; 0-dim beside a moment.
+        max_change: the largest change of an element in one step, for optimizers that normalize their steps; else None.
+        no_gradient_yet: for each element whether it has had no gradient yet, where the optimizer keeps that.
+        moment: the second moment, of the parameter's shape; its root is taken only when `size` is read.
+        eps: beside a moment: 0-dim, not 0.
+    """
+
+    numerator: float | Tensor
+    max_change: float | Tensor | None = None
+    no_gradient_yet: Tensor | None = None
+    moment: Tensor | None = None
+    eps: Tensor | None = None
+
+    @property
+    def size(self) -> float | Tensor:
+        """The step: a number, a 0-dim tensor, or a tensor of the parameter's shape."""
+        if self.moment is None:
+            return self.numerator
+        return torch.div(self.numerator, self.moment.sqrt().add_(self.eps))  # type: ignore[arg-type]
+
+    @property
+    def by_element(self) -> bool:
+        """Whether each element has a step of its own."""
+        return self.moment is not None or not is_scalar(self.numerator)
+
+    @property
+    def unseen(self) -> Tensor | None:
+        """For each element whether it has had no gradient yet; None where that is not known."""
+        return self.no_gradient_yet if self.moment is None else self.moment == 0
+
+    def sliced(self, take: Slicer) -> Step:
+        """The step of the slice of the parameter that `take` takes."""
+        if self.moment is not None:
+            return replace(self, moment=take(self.moment))
+        return replace(self, numerator=take(self.numerator), no_gradient_yet=take(self.no_gradient_yet))
+
+
+def adaptive(steps: Sequence[Step]) -> tuple[list[Tensor], Tensor, Tensor, float | Tensor] | None:
+    """The moments, the numerators and the eps of steps that all have a moment, and their `max_change`; else None."""
+    moments = [step.moment for step in steps if step.moment is not None]
+    if len(moments) < len(steps):
+        return None
+    numerators, eps = (torch.stack([getattr(step, name) for step in steps]) for name in ("numerator", "eps"))
+    return moments, numerators, eps, steps[0].max_change  # type: ignore[return-value]
+
+
+def is_scalar(x: float | Tensor) -> bool:
+    """Whether it is a number or a 0-dim tensor."""
+    return not isinstance(x, Tensor) or x.ndim == 0

@@ -1,0 +1,60 @@
+"""How far from stationary: the distance of the gradient to the subdifferential of all terms of one tensor."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import functional as F
+from ..groups.grouping import largest, working_dtype
+from .sharded import ShardedTerms
+from .terms import Term
+
+__all__ = ["distance"]
+
+
+def distance(terms: list[Term], grad: Tensor) -> Tensor:
+    """The largest distance of `-grad` to the subdifferential of the terms of one tensor, over coordinates or groups.
+
+    Of a sharded tensor it is the largest on this rank.
+
+    Raises:
+        ValueError: it is not known in closed form, for groups that overlap.
+    """
+    part = ShardedTerms(terms)
+    terms = part.terms
+    w = terms[0].tensor
+    if grad.is_sparse:
+        grad = grad.to_dense()
+    wide = torch.promote_types(w.dtype, working_dtype(w.dtype))
+    residual = -part.take(grad).to(wide)
+    slack: Tensor | float = 0.0  # what the elements that are zero can absorb
+    slope: Tensor | float = 0.0  # what the groups that are zero can absorb, for each of their elements
+    for term in terms:
+        residual = residual - term.grad(w.to(wide))
+        if not term.penalty.separable:
+            continue
+        zero = torch.zeros((), dtype=working_dtype(w.dtype), device=w.device)
+        lam = term.scaled_lam if term.grouped else term.elementwise_lam
+        at_zero = (term.penalty.rho_grad(zero) * lam).nan_to_num(0.0, math.inf)  # at lam=0 it absorbs nothing
+        if term.grouped:
+            slope = slope + at_zero
+        else:
+            slack = slack + torch.where(term.offset(w) == 0, at_zero, 0)
+    if any(term.penalty.positive for term in terms):
+        residual = torch.where(w == 0, residual.clamp_min(0), residual)
+    residual = F.soft_threshold(residual, slack)
+    grouped = [term for term in terms if term.grouped]
+    if not grouped:
+        return largest(residual.abs())
+    if len({(term.grouping, id(term.center)) for term in grouped}) > 1:
+        raise ValueError(
+            f"the distance to the subdifferential of penalties over groups that overlap, on parameter "
+            f"{terms[0].name!r}, is not known in closed form"
+        )
+    grouping: Any = grouped[0].grouping
+    farthest: Tensor = grouping.excess(grouped[0].offset(w), residual, slope)
+    return farthest

@@ -1,0 +1,136 @@
+"""The dual mode: regularized dual averaging (RDA, Xiao 2010), by the gap that the penalty keeps each weight at.
+
+`latent = w + d`, `S += s`, `w = prox(latent, S*lam)`, `d = latent - w` after each update of the visible weights `w`.
+The gap `d` and the sum of the steps `S` lie in the optimizer's state of the parameter, in float32 at least.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..distributed.shards import local
+from ..groups.grouping import Elements, working_dtype
+from ..ops import foreach
+from ..ops.batches import TensorBatch
+from ..ops.prox import clip_change, prox, scale_, scales_in_place
+from ..ops.sharded import on_local_shards
+from ..ops.step import Step, adaptive
+from ..ops.terms import Term, chunked_terms
+
+__all__ = ["GAP", "STEPS", "average_", "counted", "drop_others", "latent_terms", "make_gap", "reset"]
+
+GAP = "gap"
+STEPS = "gap_steps"
+
+State = dict[str, Any]
+
+
+def make_gap(parameter: Tensor, state: State, step: Step) -> None:
+    """Put a gap of 0 and no steps into the state of a parameter, where there are none that fit."""
+    real = working_dtype(parameter.dtype)
+    if GAP not in state:
+        state[GAP] = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, real))
+        state[STEPS] = torch.zeros((), dtype=real, device=parameter.device)
+    for name, dtype in ((GAP, torch.promote_types(parameter.dtype, real)), (STEPS, real)):
+        if state[name].dtype != dtype or state[name].device != parameter.device:  # of a model that was cast, or moved
+            state[name] = state[name].to(parameter.device, dtype)
+    if step.by_element and not state[STEPS].ndim:
+        state[STEPS] = torch.zeros_like(parameter, dtype=real) + state[STEPS]
+
+
+def reset(states: Sequence[State]) -> None:
+    """Begin the average anew at the visible weights."""
+    kept = [local(state[name]) for state in states for name in (GAP, STEPS) if name in state]
+    if kept:
+        torch._foreach_zero_(kept)
+
+
+def drop_others(states: Sequence[State], keep: bool) -> None:
+    """Drop from loaded states what does not go on: of earlier versions, and the gaps where the mode is another."""
+    names = ("latent", "latent_steps") if keep else ("latent", "latent_steps", GAP, STEPS)
+    dropped = {name for state in states for name in names if state.pop(name, None) is not None}
+    if "latent" in dropped and keep:
+        warnings.warn(
+            "the state is of an earlier version, which kept latent weights in place of gaps: they are dropped, and the "
+            "average of the dual mode begins anew at the weights as they are",
+            stacklevel=3,
+        )
+
+
+def average_(batch: TensorBatch, states: Sequence[State], steps: Sequence[Step]) -> None:
+    """One step of the average, in place: of the weights, which the optimizer has moved, the gaps and the sums."""
+    sums = [state[STEPS] for state in states]
+    if scalars := [(s, step.size) for s, step in zip(sums, steps, strict=True) if not s.ndim]:
+        torch._foreach_add_(*map(list, zip(*scalars, strict=True)))
+    gaps = [state[GAP] for state in states]
+    if batch.is_soft_threshold and len(scalars) == len(sums):
+        foreach.threshold_latent_(batch.tensors, gaps, torch.stack(sums) * batch.coefficients[0])
+    elif batch.is_soft_threshold and (fused := adaptive(steps)) is not None:
+        foreach.threshold_latent_each_(batch.tensors, gaps, sums, *fused, batch.coefficients[0])
+    else:
+        for terms, gap, s, step in zip(batch.each, gaps, sums, steps, strict=True):
+            for some, take in chunked_terms([term for term in terms if not term.inactive]):
+                _average_(some, take(gap), take(s), step.sliced(take))
+
+
+def _average_(terms: list[Term], gap: Tensor, sums: Tensor, step: Step) -> None:
+    """`average_` of a piece of a tensor."""
+    w = terms[0].tensor
+    if not sums.ndim and w.dtype == gap.dtype and scales_in_place(terms):
+        w.copy_(gap.add_(w))
+        scale_(terms[0], w, sums * terms[0].scaled_lam)
+        gap.sub_(w)
+        return
+    if sums.ndim:
+        sums.add_(counted(terms, step))
+    latent = w + gap
+    new = prox([replace(term, tensor=latent) for term in terms], sums)
+    unseen = step.unseen
+    if unseen is not None:
+        new = torch.where(unseen, _limited(terms, latent, new, step.max_change), new)
+    w.copy_(new)
+    gap.copy_(latent - w)
+    if unseen is not None:
+        local(gap).masked_fill_(local(unseen), 0)
+        local(sums).masked_fill_(local(unseen), 0)
+
+
+def _limited(terms: list[Term], old: Tensor, new: Tensor, max_change: float | Tensor | None) -> Tensor:
+    new = clip_change(old, new, max_change, Elements())
+    return new.clamp_min(0) if any(term.penalty.positive for term in terms) else new
+
+
+def counted(terms: list[Term], step: Step) -> float | Tensor:
+    """What a step adds to the sum: `s`, but no more than shrinks a weight by the max_change of the step."""
+    return step.size if step.max_change is None else _counted(terms, step.size, step.max_change)
+
+
+@on_local_shards
+def _counted(terms: list[Term], size: Tensor, max_change: float | Tensor) -> Tensor:
+    slope: Any = sum(_slope(term) for term in terms)
+    return torch.minimum(size, max_change / slope.clamp_min(torch.finfo(size.dtype).tiny))
+
+
+def _slope(term: Term) -> Tensor:
+    """By how much a unit step would shrink each element."""
+    x = term.offset(term.tensor)
+    at_zero = term.elementwise_lam * x.new_ones((), dtype=working_dtype(x.dtype))
+    if term.penalty.coefficients is None:  # its slope is largest at zero, or has no bound
+        return at_zero.expand_as(x)
+    if not term.linear:
+        return 2 * term.quadratic * at_zero * x.abs()
+    grouping: Any = term.grouping  # no singular values: those are refused where steps differ by coordinate
+    zero = grouping.spread(term.grouping.polar(x)[0] == 0, x)
+    return torch.where(zero, term.linear * at_zero, term.grad(term.tensor).abs())
+
+
+def latent_terms(terms: list[Term], gap: Tensor) -> list[Term]:
+    """The terms, at the latent weights."""
+    latent = terms[0].tensor + gap
+    return [replace(term, tensor=latent) for term in terms]

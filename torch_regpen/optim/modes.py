@@ -1,0 +1,198 @@
+"""The modes: what a step does to the penalized parameters beside the wrapped optimizer's own update."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..ops import foreach
+from ..ops.batches import TensorBatch
+from ..ops.chunks import Slicer
+from ..ops.decay import decay_
+from ..ops.gradient import add_grad_, check_grad
+from ..ops.prox import check_prox, prox_
+from ..ops.step import Step, adaptive
+from ..ops.terms import Term, sliced
+from ..ops.value import total_value
+from . import dual_averaging
+from .step_size import Metric, differs_by_coordinate, steps_of
+
+__all__ = ["MODES", "Mode"]
+
+
+class Mode(ABC):
+    """One way to apply a penalty in a step; all methods get the parameters that have a gradient, without autograd."""
+
+    wants_lr = True
+
+    def __init__(self, optimizer: Optimizer, metric: Metric) -> None:
+        self.optimizer = optimizer
+        self.metric = metric
+
+    @abstractmethod
+    def check(self, batch: TensorBatch) -> None:
+        """Raise `ValueError` where the penalty on this parameter has not what the mode needs."""
+
+    def after_backward(self, active: list[TensorBatch], first: bool) -> None:  # noqa: B027  most have nothing to do
+        """After the gradients are there, for the first time in the step or again, and before the update."""
+
+    def added_to_loss(self, active: list[TensorBatch]) -> Tensor | float:
+        """What the objective has beyond what a closure returned."""
+        return 0.0
+
+    def after_update(self, active: list[TensorBatch]) -> None:  # noqa: B027
+        """After the wrapped optimizer has updated the parameters."""
+
+
+class Coupled(Mode):
+    """`grad += lam * subgradient`."""
+
+    wants_lr = False
+
+    def check(self, batch: TensorBatch) -> None:
+        check_grad(batch.terms)
+        if hasattr(self.optimizer, "noise_multiplier"):
+            raise ValueError(self._overwrites())
+
+    def after_backward(self, active: list[TensorBatch], first: bool) -> None:
+        active = [batch for batch in active if not batch.inactive]
+        for batch in active:
+            if any(getattr(w, "grad_sample", None) is not None for w in batch.tensors):
+                raise ValueError(self._overwrites())
+            if any(map(attrgetter("is_sparse"), batch.grads)):
+                name = next(terms[0].name for terms in batch.each if terms[0].tensor.grad.is_sparse)  # type: ignore[union-attr]
+                raise ValueError(
+                    f"the gradient of {name!r} is sparse, and the penalty's is not: use mode='decoupled' or "
+                    "mode='proximal', which act on all rows"
+                )
+        for batch in active:
+            add_grad_(batch, ascend=bool(batch.group.get("maximize")))
+
+    def after_update(self, active: list[TensorBatch]) -> None:
+        for batch in active:
+            for w, grad in zip(batch.tensors, batch.grads, strict=True):
+                if not batch.inactive and w.grad is not grad and w.grad is not None:
+                    raise RuntimeError(self._overwrites())
+
+    def _overwrites(self) -> str:
+        return (
+            f"{type(self.optimizer).__name__} puts other gradients in the place of .grad in its step, as those of "
+            "differential privacy do, and the penalty's is lost: use mode='decoupled' or mode='proximal'"
+        )
+
+    def added_to_loss(self, active: list[TensorBatch]) -> Tensor | float:
+        value: Tensor | float = 0.0
+        for maximize in (False, True):
+            work = [batch for batch in active if bool(batch.group.get("maximize")) == maximize]
+            if work:
+                value = value - total_value(work) if maximize else value + total_value(work)
+        return value
+
+
+class Decoupled(Mode):
+    """`w -= lr * lam * subgradient`, stopping at zero, before the update."""
+
+    def check(self, batch: TensorBatch) -> None:
+        check_grad(batch.terms)
+        for term in batch.terms:
+            if not term.penalty.separable:
+                raise ValueError(
+                    f"{type(term.penalty).__name__} is no sum over elements or groups that could stop at zero; use it "
+                    "in the loss, or with mode='coupled'"
+                )
+
+    def after_backward(self, active: list[TensorBatch], first: bool) -> None:
+        for batch in active if first else []:
+            decay_(batch, batch.group["lr"])
+
+
+class Proximal(Mode):
+    """`w = prox(w, s*lam)` after the update."""
+
+    def check(self, batch: TensorBatch) -> None:
+        if batch.group.get("line_search_fn"):
+            raise ValueError(
+                f"the line search of {type(self.optimizer).__name__} descends the loss alone, and what it knows of the "
+                "curvature is wrong after a prox: use mode='coupled', which gives it loss + penalty"
+            )
+        per_coordinate = differs_by_coordinate(self.optimizer, self.metric)
+        check_prox(batch.terms, per_coordinate)
+        if per_coordinate and batch.tensors[0].is_complex():
+            raise ValueError(
+                f"parameter {batch.terms[0].name!r} is complex, and {type(self.optimizer).__name__} takes other steps "
+                "for its real than for its imaginary part; use metric='euclidean'"
+            )
+
+    def steps_of(self, batch: TensorBatch) -> list[Step]:
+        """The optimizer's own step for each tensor, in its metric."""
+        steps = steps_of(self.optimizer, batch.tensors, batch.group, self.metric)
+        if callable(self.metric):
+            for terms, step in zip(batch.each, steps, strict=True):
+                if isinstance(step.size, Tensor) and step.size.ndim:
+                    check_prox(terms, per_coordinate=True)  # known only now
+        return steps
+
+    def before_prox(
+        self, batch: TensorBatch, sample: Callable[[list[Term]], Slicer]
+    ) -> Iterator[tuple[list[Term], float | Tensor]]:
+        """For each tensor the terms at what the prox after this update will see, and what will multiply lambda.
+
+        Args:
+            batch: the tensors, which the update has moved.
+            sample: for the terms of a tensor, what takes a part of it and of each tensor beside it.
+        """
+        for terms, step in zip(batch.each, self.steps_of(batch), strict=True):
+            take = sample(terms)
+            yield sliced(terms, take), step.sliced(take).size
+
+    def after_update(self, active: list[TensorBatch]) -> None:
+        for batch in active:
+            if batch.inactive:
+                continue
+            steps = self.steps_of(batch)
+            fused = adaptive(steps) if batch.is_soft_threshold else None
+            if fused is not None:
+                moments, numerators, eps, max_change = fused
+                foreach.soft_threshold_each_(
+                    batch.tensors, moments, numerators * batch.coefficients[0], eps, max_change
+                )
+            else:
+                prox_(batch, steps)
+
+
+class Dual(Proximal):
+    """Dual averaging: `w = prox(latent, S*lam)`; see `dual`."""
+
+    def before_prox(
+        self, batch: TensorBatch, sample: Callable[[list[Term]], Slicer]
+    ) -> Iterator[tuple[list[Term], float | Tensor]]:
+        """See `Proximal`: the terms are at the latent weights, and the sum of all steps multiplies lambda."""
+        for terms, step in zip(batch.each, self.steps_of(batch), strict=True):
+            state = self._state_of(terms[0].tensor, step)
+            take = sample(terms)
+            some = sliced(terms, take)
+            sums = take(state[dual_averaging.STEPS]) + dual_averaging.counted(some, step.sliced(take))
+            yield dual_averaging.latent_terms(some, take(state[dual_averaging.GAP])), sums
+
+    def after_update(self, active: list[TensorBatch]) -> None:
+        for batch in active:
+            steps = self.steps_of(batch)
+            states = list(map(self._state_of, batch.tensors, steps))
+            if batch.inactive:
+                dual_averaging.reset(states)
+            else:
+                dual_averaging.average_(batch, states, steps)
+
+    def _state_of(self, parameter: Tensor, step: Step) -> dict[str, Any]:
+        # At lambda 0, as before a ramp, there is a gap too: a distributed checkpoint is loaded into what is there.
+        state: dict[str, Any] = self.optimizer.state[parameter]
+        dual_averaging.make_gap(parameter, state, step)
+        return state
+
+
+MODES: dict[str, type[Mode]] = {"coupled": Coupled, "decoupled": Decoupled, "dual": Dual, "proximal": Proximal}

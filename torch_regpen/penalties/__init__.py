@@ -1,0 +1,1 @@
+"""The penalties: which parameters, which scalar function of which magnitudes, which lambda."""

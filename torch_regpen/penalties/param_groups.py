@@ -1,0 +1,68 @@
+"""Parameter groups, each with its lambda."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LARGEST = torch.finfo(torch.float32).max
+
+
+GROUP_KEYS = {"params", "lam", "select", "exclude"}
+
+
+class ParamGroup(dict[str, Any]):
+    """A parameter group, which takes no lambda that is none."""
+
+    def __init__(self, group: dict[str, Any], lam: float) -> None:
+        super().__init__(group)
+        self["lam"] = lam
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, checked_lam(value) if key == "lam" else value)
+
+    def update(self, *args: Any, **kw: Any) -> None:
+        """As of any dict."""
+        for key, value in dict(*args, **kw).items():
+            self[key] = value
+
+    def __ior__(self, other: Any) -> ParamGroup:  # type: ignore[override,misc]
+        self.update(other)
+        return self
+
+
+def checked_lam(lam: Any) -> float:
+    """`lam` as a float, if it is a number, 0 or more and finite."""
+    if isinstance(lam, bool) or not isinstance(lam, numbers.Real):
+        way_out = "; take its .item()" if isinstance(lam, Tensor) else ""
+        raise TypeError(f"lam must be a number, 0 or more and finite; {lam!r} is a {type(lam).__name__}{way_out}")
+    value = float(lam)
+    if not 0 <= value <= LARGEST:
+        raise ValueError(f"lam must be 0 or more and finite in float32, not {value}")
+    return value
+
+
+def _as_groups(params: Any) -> list[dict[str, Any]]:
+    if isinstance(params, nn.Module | Tensor):
+        return [{"params": params}]
+    if isinstance(params, str | dict) or not isinstance(params, Iterable):
+        raise TypeError(
+            f"params must be a module, or an iterable of tensors, of (name, tensor), or of dicts with a 'params'; "
+            f"{params!r} is a {type(params).__name__}"
+        )
+    entries = list(params)
+    if not any(isinstance(entry, dict) for entry in entries):
+        return [{"params": entries}]
+    for entry in entries:
+        if not isinstance(entry, dict) or "params" not in entry or not entry.keys() <= GROUP_KEYS:
+            raise ValueError(
+                "a parameter group must be a dict with a 'params' and, if wanted, 'lam' and 'select'; got "
+                + (f"a dict with {sorted(map(str, entry))}" if isinstance(entry, dict) else f"a {type(entry).__name__}")
+            )
+        if isinstance(entry["params"], Iterator):
+            entry["params"] = list(entry["params"])
+    return entries

@@ -1,0 +1,219 @@
+"""Which parameters are meant: of a model, of a list of tensors."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from ..utils import warn
+from .lookup import ParameterRef, Structure, all_refs, refuse_flattened, spellings, tensor_ref
+from .rules import Params, Rule, Select, _is_matrix, is_weight
+
+__all__ = ["Selection", "owned_ids"]
+
+
+class Selection:
+    """The parameters that `params`, `select` and `exclude` mean, at least one; of a model, as it is now.
+
+    Args:
+        params: a module, a tensor, or an iterable of tensors or of (name, tensor).
+        select: what is meant, see `Rule`; None means `default` of a module, and all of what is given as tensors.
+        exclude: what of it is not, see `Rule`.
+        default: what None means.
+
+    Attributes:
+        refs: where the parameters stand.
+
+    Raises:
+        TypeError: `params` is neither a module nor an iterable of tensors or of (name, tensor).
+        ValueError: nothing is selected; a choice by name or type among tensors; a tensor that is no leaf or of
+            integers.
+    """
+
+    def __init__(
+        self, params: Params, select: Select | None, exclude: Select | None = None, default: Select = "weights"
+    ) -> None:
+        self.root = params if isinstance(params, nn.Module) else None
+        self.optimizer: torch.optim.Optimizer | None = None
+        if not isinstance(params, nn.Module):
+            self.refs = _of_tensors(params, select, exclude)
+            return
+        _refuse_scripted(params)
+        self.select = Rule(default if select is None else select, "select")
+        self.exclude = None if exclude is None else Rule(exclude, "exclude")
+        self._every: list[ParameterRef] = []
+        self.refs = []
+        self._read()
+        if not self.refs:
+            raise ValueError(self._nothing_selected())
+        if self.exclude is not None and not self._excluded():
+            warn(f"exclude={exclude!r} matches none of the parameters of {type(params).__name__}")
+
+    def refresh(self) -> None:
+        """Look again where modules were added, replaced or taken away, or lazy parameters have got a shape.
+
+        Raises:
+            ValueError: nothing is left of the selection.
+        """
+        if self.root is None or torch.compiler.is_compiling():
+            return
+        if any(ref.judged is None for ref in self.refs):
+            self._judge()
+        if self._structure.holds():
+            return
+        had_some = bool(self.refs)
+        self._read()
+        if had_some and not self.refs:
+            raise ValueError(
+                f"none of the penalized parameters is left in the {type(self.root).__name__}, whose layers were "
+                "replaced; build the penalty anew"
+            )
+
+    def restricted_to(self, optimizer: torch.optim.Optimizer) -> Selection:
+        """Those that an optimizer owns, which may be none."""
+        self.refresh()
+        restricted = copy.copy(self)
+        restricted.optimizer = optimizer
+        owned = owned_ids(optimizer)
+        restricted.refs = [ref for ref in self.refs if _holds_any(ref, owned)]
+        return restricted
+
+    def _read(self) -> None:
+        root: Any = self.root
+        known = {(ref.owner, ref.key): ref for ref in self._every}
+        every = []
+        weights = {ref.name: ref.weights for ref in self._every}
+        for ref in all_refs(root):
+            old = known.pop((ref.owner, ref.key), ref)
+            old.name, old.ancestors = ref.name, ref.ancestors
+            old.weights = old.weights or weights.get(ref.name, {})  # these go by the name, whatever the layer
+            every.append(old)
+        modules = set(root.modules())
+        # Where a parameter is gone from a module that is still there, to look it up is an error that says so.
+        gone = [ref for ref in known.values() if ref in self.refs and ref.owner in modules]
+        self._every = every + gone
+        self._structure = Structure(root)
+        self._judge()
+
+    def _judge(self) -> None:
+        """Choose among the refs. What was judged stays so: a parameter that took its place may have lost its marks."""
+        excluded = self._excluded()
+        owned = None if self.optimizer is None else owned_ids(self.optimizer)
+        refs = []
+        for ref in self._every:
+            if ref.is_gone():
+                refs.append(ref)
+                continue
+            tensors = list(ref.tensors())
+            for _, name, tensor in tensors:
+                refuse_flattened(name, tensor)
+            if any(isinstance(tensor, UninitializedParameter) for *_, tensor in tensors):
+                refs.append(ref)
+                continue
+            keys = {key for key, *_ in tensors}
+            new = ref.judged != keys
+            if new:
+                ref.judged = keys
+                ref.selected = {
+                    key
+                    for key, name, tensor in tensors
+                    if id(tensor) not in excluded and self.select.matches(ref, key, name, tensor)
+                }
+            if ref.selected and (owned is None or ref in self.refs or _holds_any(ref, owned)):
+                refs.append(ref)
+        self.refs = refs
+
+    def _excluded(self) -> set[int]:
+        """The ids of the parameters that are taken off, under whichever of their names."""
+        if self.exclude is None:
+            return set()
+        return {
+            id(tensor)
+            for ref in self._every
+            if not ref.is_gone()
+            for key, name, tensor in ref.tensors()
+            if not isinstance(tensor, UninitializedParameter) and self.exclude.matches(ref, key, name, tensor)
+        }
+
+    def _nothing_selected(self) -> str:
+        kind = type(self.root).__name__
+        names = [spellings(ref.name)[-1] for ref in self._every]
+        if not names:
+            return f"no parameters to penalize: {kind} has none"
+        near = [
+            name
+            for glob in self.select.globs
+            for name in difflib.get_close_matches(glob.replace("*", ""), names, n=3, cutoff=0.3)
+        ]
+        shown = list(dict.fromkeys(near)) or names
+        more = ", ..." if len(shown) > 8 else ""
+        less = "" if self.exclude is None else f", less exclude={self.exclude.given!r},"
+        return (
+            f"select={self.select.given!r}{less} matches none of the {len(names)} parameters of {kind}; "
+            f"{'near matches' if near else 'its parameters are'}: {', '.join(shown[:8])}{more}"
+        )
+
+
+def owned_ids(optimizer: torch.optim.Optimizer) -> set[int]:
+    """The ids of the parameters that an optimizer has now."""
+    return {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+
+
+def _holds_any(ref: ParameterRef, ids: set[int]) -> bool:
+    return any(id(tensor) in ids for *_, tensor in ref.tensors())
+
+
+def _refuse_scripted(root: nn.Module) -> None:
+    if any(isinstance(module, torch.jit.ScriptModule) for module in root.modules()):
+        raise TypeError(
+            f"{type(root).__name__} is scripted, and a scripted module does not say what its layers are. Give the "
+            "penalty the module that was scripted: the two share their parameters"
+        )
+
+
+def _of_tensors(params: Any, select: Select | None, exclude: Select | None) -> list[ParameterRef]:
+    if isinstance(params, Tensor):
+        params = [params]
+    refs = [_of_tensor(i, entry) for i, entry in enumerate(params)]
+    if not refs:
+        raise ValueError("no parameters to penalize: the iterable is empty (a generator that was used up?)")
+    if select not in (None, "all", "weights") or exclude is not None:
+        given = f"select={select!r}" if exclude is None else f"exclude={exclude!r}"
+        raise ValueError(
+            f"{given} beside tensors: it chooses among a module's parameters. Give the module; or, beside tensors, "
+            "select='weights' or 'all', or only the tensors that you mean"
+        )
+    flat = [ref.name for ref in refs if not _is_matrix(ref.tensor)]  # type: ignore[arg-type]
+    if select is None and flat and len(refs) > 1:
+        warn(
+            f"biases and norm scales seem to be among the {len(refs)} tensors: {', '.join(flat[:4])}"
+            f"{', ...' if len(flat) > 4 else ''} have fewer than 2 dimensions above 1, and are penalized like the "
+            "rest. Give the module, which leaves them out; or say select='all', or select='weights' for the others"
+        )
+    if select == "weights":
+        refs = [ref for ref in refs if is_weight(ref, ref.key, ref.tensor)]  # type: ignore[arg-type]
+        if not refs:
+            raise ValueError("select='weights' leaves none of the tensors: all have fewer than 2 dimensions above 1")
+    return refs
+
+
+def _of_tensor(index: int, entry: object) -> ParameterRef:
+    name, tensor = entry if isinstance(entry, tuple) and len(entry) == 2 else (str(index), entry)
+    if not isinstance(name, str) or not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"entry {index} of the parameters is {entry!r}; allowed are a module, an iterable of tensors, of "
+            "(name, tensor), or of dicts with a 'params'"
+        )
+    if not tensor.is_leaf:
+        raise ValueError(
+            f"tensor {name!r} is no leaf: it was computed from others, and an update of it would be lost. Give the "
+            "parameters that it was computed from"
+        )
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        raise ValueError(f"tensor {name!r} has dtype {tensor.dtype}; a penalty needs floating point or complex")
+    return tensor_ref(name, tensor)

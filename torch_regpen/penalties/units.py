@@ -1,0 +1,245 @@
+"""What a unit of a layer is: where its output and its input units, and its heads, lie in its weights.
+
+A unit belongs to the layer, not to the tensor: an input channel of a grouped convolution lies in the filters that read
+it, a unit of an LSTM in the rows of all its gates, a head of a fused projection in q, k and v.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from ..groups.grouping import Grouping
+from ..groups.layouts import Heads, Slices, Units
+from ..groups.names import Groups, resolve
+from ..utils import warn
+from .lookup import ParameterRef
+
+__all__ = ["MULTIPLYING", "grouping_of", "is_attention_projection", "recurrent_partner", "transformers_conv1d"]
+
+# Layers that multiply their input with their weights.
+MULTIPLYING: tuple[type[nn.Module], ...] = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+    _ConvNd,
+)
+
+GATES = {nn.LSTM: 4, nn.LSTMCell: 4, nn.GRU: 3, nn.GRUCell: 3}
+
+ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
+# Projections of attention, by the names that torch, timm and transformers give them: how many heads' parts are stacked
+# in the rows of one tensor, 0 where they lie head by head.
+PROJECTIONS = {
+    **dict.fromkeys(("q", "k", "v", "query", "key", "value", "to_q", "to_k", "to_v", "q_attn"), 1),
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "q_lin", "k_lin", "v_lin"), 1),
+    **dict.fromkeys(("query_proj", "key_proj", "value_proj"), 1),
+    **dict.fromkeys(("linear_q", "linear_k", "linear_v", "wq", "wk", "wv", "Wq", "Wk", "Wv"), 1),
+    **dict.fromkeys(("to_query", "to_key", "to_value", "project_q", "project_k", "project_v"), 1),
+    **dict.fromkeys(("projection_query", "projection_key", "projection_value"), 1),
+    **dict.fromkeys(("query_global", "key_global", "value_global", "q_b_proj", "kv_b_proj"), 1),
+    **dict.fromkeys(("q_proj_weight", "k_proj_weight", "v_proj_weight"), 1),
+    **dict.fromkeys(("kv", "kv_proj", "to_kv", "qk"), 2),
+    **dict.fromkeys(("qkv", "qkv_proj", "to_qkv", "Wqkv", "c_attn", "in_proj", "in_proj_weight"), 3),
+    "query_key_value": 0,
+}
+LIBRARIES = ("torch", "torchvision", "timm", "transformers")  # whose layers stack whole q, k and v, but for
+HEAD_BY_HEAD = (  # these; and those that have a true `head_first`
+    "timm.layers.halo_attn.HaloAttn",
+    "timm.models.efficientformer.Attention",
+    "timm.models.tiny_vit.Attention",
+    "transformers.models.deberta.modeling_deberta.DisentangledSelfAttention",
+    "transformers.models.gpt_bigcode.modeling_gpt_bigcode.GPTBigCodeAttention",
+    "transformers.models.minimax.modeling_minimax.MiniMaxLightningAttention",
+)
+SPLIT_OVER_DEVICES = ("transformers.models.codegen.modeling_codegen.CodeGenAttention",)
+QUERIES = ("q", "query", "to_q", "q_proj", "q_lin", "query_proj", "linear_q", "wq", "Wq", "to_query")
+SHARED = (
+    *("k", "v", "key", "value", "to_k", "to_v", "k_proj", "v_proj", "k_lin", "v_lin", "key_proj", "value_proj"),
+    *("linear_k", "linear_v", "wk", "wv", "Wk", "Wv", "to_key", "to_value"),
+)
+OUTPUTS = ("out_proj", "o_proj", "proj", "c_proj", "o", "dense", "out_lin", "to_out", "linear_out")
+
+
+def grouping_of(groups: Groups | None, ref: ParameterRef, shape: torch.Size, scale: bool = True) -> Grouping:
+    """The grouping that a user's `groups` means for a parameter of this shape that stands in `ref`.
+
+    Raises:
+        ValueError, TypeError: as `torch_regpen.groups.resolve`; heads that are not those of the layer.
+    """
+    if isinstance(groups, Heads):
+        return _heads(groups, ref, shape, scale)
+    if groups in ("output", "input") and isinstance(groups, str):
+        return _units(ref, shape, groups == "input", scale)
+    return resolve(groups, scale=scale)
+
+
+def transformers_conv1d() -> tuple[type[nn.Module], ...]:
+    """The Conv1D of transformers, whose weight is (inputs, outputs); nothing where nobody has imported it."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    return () if module is None else (module.Conv1D,)
+
+
+def _units(ref: ParameterRef, shape: torch.Size, inputs: bool, scale: bool) -> Grouping:
+    owner: Any = ref.owner
+    if isinstance(owner, _ConvNd) and owner.groups > 1 and len(shape) > 2:
+        # Within each group of channels; the dimension over all filters is cut into the groups.
+        transposed = isinstance(owner, _ConvTransposeNd)
+        if inputs != transposed:
+            view = (owner.groups, shape[0] // owner.groups, *shape[1:])
+            return Units(view, (0, 2), scale=scale)
+        return Slices(0, scale=scale)
+    gates = next((n for kind, n in GATES.items() if isinstance(owner, kind)), 1)
+    if gates > 1 and not inputs and ref.key.startswith(("weight_ih", "weight_hh")):
+        return Units((gates, shape[0] // gates, *shape[1:]), (1,), scale=scale)
+    if len(shape) == 3 and _holds_experts(ref):
+        return Units(tuple(shape), (0, 2 if inputs != _transposed_experts(ref, shape) else 1), scale=scale)
+    flipped = len(shape) > 1 and isinstance(owner, (_ConvTransposeNd, *transformers_conv1d()))
+    return Slices(int(inputs != flipped), scale=scale)
+
+
+def recurrent_partner(ref: ParameterRef) -> torch.Tensor | None:
+    """The other matrix of a recurrent layer that leads to the same units: from the input, or from the step before."""
+    if not isinstance(ref.owner, nn.RNNBase | nn.RNNCellBase):
+        return None
+    for one, other in (("weight_ih", "weight_hh"), ("weight_hh", "weight_ih")):
+        if ref.key.startswith(one):
+            partner: torch.Tensor = getattr(ref.owner, ref.key.replace(one, other))
+            return partner.detach()
+    return None
+
+
+def _holds_experts(ref: ParameterRef) -> bool:
+    """Whether a raw parameter is a stack of the weights of experts."""
+    if ref.owner is None or isinstance(ref.owner, MULTIPLYING):
+        return False
+    return "expert" in f"{type(ref.owner).__name__} {ref.name}".lower()
+
+
+def _transposed_experts(ref: ParameterRef, shape: torch.Size) -> bool:
+    """Whether experts are (inputs, outputs): as their module says, else as the shapes of its weights fit each other."""
+    owner: Any = ref.owner
+    says = getattr(owner, "is_transposed", None)
+    if isinstance(says, bool):
+        return says
+    up, down = (owner._parameters.get(key) for key in ("gate_up_proj", "down_proj"))
+    if up is None or down is None:
+        return False
+    # gate and up are stacked along the outputs, twice as many as the inputs of down
+    return bool(up.shape[2] == 2 * down.shape[1] and up.shape[1] != 2 * down.shape[2])
+
+
+def is_attention_projection(ref: ParameterRef) -> bool:
+    """Whether a parameter projects to the queries, keys or values of an attention layer."""
+    return _projection(ref) in PROJECTIONS and _in_attention(ref)
+
+
+def _projection(ref: ParameterRef) -> str:
+    """The name of the layer that a weight is of, or the weight's own in a layer of several."""
+    parts = ref.name.split(".")
+    return parts[-1] if ref.key != "weight" or len(parts) < 2 else parts[-2]
+
+
+def _in_attention(ref: ParameterRef) -> bool:
+    if isinstance(ref.owner, nn.MultiheadAttention):
+        return True
+    names = ref.name.split(".")[:-1]
+    return any(map(ATTENTION.search, [*names, *(type(module).__name__ for module in ref.ancestors)]))
+
+
+def _heads(heads: Heads, ref: ParameterRef, shape: torch.Size, scale: bool) -> Grouping:
+    heads = Heads(heads.n, heads.dim, scale=heads.scale and scale)
+    name = _projection(ref)
+    if ref.owner is None or len(shape) < 2 or name not in (*PROJECTIONS, *OUTPUTS) or not _in_attention(ref):
+        return heads
+    along = 1 if isinstance(ref.owner, transformers_conv1d()) else 0
+    if name in OUTPUTS:  # its inputs are what the heads put out
+        along = 1 - along
+    if heads.dim is not None and heads.dim % len(shape) != along:
+        return heads
+    layer = _Attention(ref)
+    layer.check(heads.n)
+    rows, inputs = shape[along], shape[1 - along]
+    parts = PROJECTIONS.get(name, 1)
+    if parts > 1 and not layer.known and heads.dim is not None:
+        return heads
+    if parts != 1:
+        before, n = layer.stacked(parts, heads.n, rows, inputs)
+    else:
+        before, n = 1, layer.shared_heads(heads.n, rows) if name in SHARED else heads.n
+    if rows % (before * n):
+        raise ValueError(f"{n} heads do not divide dimension {along} of a tensor of shape {tuple(shape)}")
+    view = (*shape[:along], before, n, rows // (before * n), *shape[along + 1 :])
+    return Units(view, (along + 1,), scale=heads.scale)
+
+
+class _Attention:
+    """What the attention layer around a projection says of its heads.
+
+    Args:
+        ref: a weight of the projection.
+    """
+
+    def __init__(self, ref: ParameterRef) -> None:
+        self.ref = ref
+        self.modules = list(reversed(ref.ancestors))
+        self.heads = self._number("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead")
+        self.size = self._number("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
+        # The projection is a layer of its own in the attention layer, or a parameter of that.
+        parent = ref.ancestors[-2 if ref.key == "weight" and len(ref.ancestors) > 1 else -1]
+        kinds = [kind for kind in type(parent).__mro__ if issubclass(kind, nn.Module) and kind is not nn.Module]
+        self.kinds = [f"{kind.__module__}.{kind.__qualname__}" for kind in kinds]
+        self.known = any(kind.split(".")[0] in LIBRARIES for kind in self.kinds)
+        self.head_by_head = not set(self.kinds).isdisjoint(HEAD_BY_HEAD) or getattr(parent, "head_first", False) is True
+        queries = (parent._modules.get(key) for key in QUERIES)
+        weights = (getattr(query, "weight", None) for query in queries)
+        self.query_rows = next((len(w) for w in weights if isinstance(w, torch.Tensor) and w.ndim > 1), None)
+
+    def _number(self, *names: str) -> int | None:
+        """The first of these attributes of the innermost module, or of its config, that has any."""
+        for module in self.modules:
+            for source in (module, getattr(module, "config", None)):
+                for name in names:
+                    value = getattr(source, name, None)
+                    if isinstance(value, int) and value > 0:
+                        return value
+        return None
+
+    def check(self, n: int) -> None:
+        """Raise `ValueError` where the layer has another number of heads."""
+        if self.heads not in (None, n):
+            raise ValueError(f"Heads({n}) on a layer of {self.heads} heads; give each layer its own with select=")
+
+    def shared_heads(self, n: int, rows: int) -> int:
+        """The number of heads of a key or value projection, which several queries may share."""
+        if self.query_rows is None or rows * n % self.query_rows:
+            return n
+        return rows * n // self.query_rows
+
+    def stacked(self, parts: int, n: int, rows: int, inputs: int) -> tuple[int, int]:
+        """How many parts of `n` heads are stacked: of q, k and v, of k and v, or one where they lie head by head."""
+        if not set(self.kinds).isdisjoint(SPLIT_OVER_DEVICES):
+            raise ValueError(f"{self.kinds[0]} mixes the rows of its heads; leave the parameter out with exclude=")
+        if not self.known and not self.ref.told:
+            self.ref.told = True
+            warn(
+                f"Heads({n}): how {self.kinds[0]} stacks its heads is not known; they are taken to lie in q, then in "
+                f"k, then in v. If it stacks head by head, say Heads({n}, dim=0)"
+            )
+        size = self.size if self.size is not None else inputs // n
+        found = 2 if parts == 3 and rows == 2 * n * size and self._number("is_cross_attention") else parts or 3
+        if rows != found * n * size:
+            raise ValueError(
+                f"{rows} outputs are not {found} times {n} heads of {size}: queries share keys and values here, or the "
+                "heads lie in an order that is not known. Leave the parameter out with select= or exclude="
+            )
+        return (found if parts and not self.head_by_head else 1), n

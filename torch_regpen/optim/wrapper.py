@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -20,6 +19,7 @@ from ..penalties.base import Penalty, Sum
 from ..penalties.selection import owned_ids
 from ..utils import warn
 from . import dual_averaging
+from .delegation import WrappingOptimizer
 from .frozen_zeros import OWN, SURVIVORS, FrozenZeros
 from .hooks import hooked, updated
 from .modes import MODES, Proximal
@@ -28,7 +28,7 @@ from .step_size import Metric, sets_its_own_step, unsupported_reason
 __all__ = ["RegularizedOptimizer"]
 
 
-class RegularizedOptimizer(Optimizer):
+class RegularizedOptimizer(WrappingOptimizer):
     """Steps the wrapped optimizer and applies `lam * Omega(w)` itself, on the parameters that have a gradient.
 
     It shares `param_groups`, `state` and `defaults` with the optimizer that it wraps, so that schedulers, scalers,
@@ -86,11 +86,10 @@ class RegularizedOptimizer(Optimizer):
             raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, not {mode!r}")
         if not callable(metric) and metric not in ("auto", "euclidean"):
             raise ValueError(f"metric must be 'auto', 'euclidean' or a callable, not {metric!r}")
-        self.optimizer = optimizer
+        super().__init__(optimizer)
         self.penalty = _as_penalty(penalty)
         self.mode = mode
         self.metric = metric
-        self._forget_hooks()
         self._warned_in_loss = False
         self._mode = MODES[mode](optimizer, metric)
         self._zeros = FrozenZeros(optimizer)
@@ -263,39 +262,6 @@ class RegularizedOptimizer(Optimizer):
             "loss, or the penalty out of the optimizer"
         )
 
-    # What follows makes it the optimizer that it wraps, for whoever looks at it.
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's own."""
-        return self.optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, param_groups: list[dict[str, Any]]) -> None:
-        self.optimizer.param_groups = param_groups
-
-    @property
-    def state(self) -> Any:
-        """The wrapped optimizer's own."""
-        return self.optimizer.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.optimizer.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The wrapped optimizer's own."""
-        return self.optimizer.defaults
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As the wrapped optimizer's."""
-        self.optimizer.zero_grad(set_to_none=set_to_none)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As the wrapped optimizer's."""
-        self.optimizer.add_param_group(param_group)
-
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's own, loadable with and without the wrapper."""
         self._zeros.mark_stepped()
@@ -315,26 +281,8 @@ class RegularizedOptimizer(Optimizer):
                     self.state[tensor][name] = saved[name].to(tensor.device, dtype, copy=True)
         dual_averaging.drop_others(list(self.state.values()), keep=self.mode == "dual")
 
-    def __getattr__(self, name: str) -> Any:
-        # What an optimizer has beyond torch.optim's interface, such as the train() of schedule-free ones.
-        if name == "optimizer":  # not there yet, while unpickling
-            raise AttributeError(name)
-        return getattr(self.optimizer, name)
-
     def __getstate__(self) -> dict[str, Any]:
-        # Hooks stay behind, as torch.optim's do, and the step that a scheduler has put on this object: it would still
-        # be this object's.
-        bound = ("step", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks", "_known", "_batches")
-        return {name: value for name, value in self.__dict__.items() if name not in bound}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget_hooks()
-        self._known, self._batches = [], []
-
-    def _forget_hooks(self) -> None:
-        self._optimizer_step_pre_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
-        self._optimizer_step_post_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
+        return {**super().__getstate__(), "_known": [], "_batches": []}  # a copy finds its parameters itself
 
     def __repr__(self) -> str:
         return f"RegularizedOptimizer(mode={self.mode!r}\n{self.penalty!r}\n{self.optimizer!r})"

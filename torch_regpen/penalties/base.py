@@ -1,27 +1,24 @@
-"""Penalty: which parameters, which scalar function of which magnitudes, which lambda.
+"""Penalty: a scalar function of magnitudes on the parameters of a model, times lambda; and sums of penalties.
 
-Loss term, gradient, proximal map and audit are written here once, for every kind; a kind is a subclass that gives
-`rho`, `rho_grad` and `rho_prox`.
+The loss term, the gradient, the proximal map and the distance to stationarity are written here once, for every kind. A
+kind is a subclass that gives `rho`, `rho_grad` and `rho_prox`.
 """
 
 from __future__ import annotations
 
-import copy
 import numbers
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..distributed.fsdp import unsharded_to_sharded
 from ..distributed.reductions import max_over_ranks
 from ..distributed.shards import full_tensor
-from ..groups.grouping import Elements, Grouping, working_dtype
-from ..groups.layouts import Heads
-from ..groups.names import Groups
-from ..ops.batches import TensorBatch, batches
+from ..groups import Elements, Grouping
+from ..groups.grouping import working_dtype
+from ..ops.batches import TensorBatch
 from ..ops.gradient import add_grad_, add_grad_and_value_, check_grad
 from ..ops.prox import check_prox, prox_, zero_lengths_
 from ..ops.step import Step
@@ -30,18 +27,15 @@ from ..ops.terms import Term, by_tensor
 from ..ops.value import check_differentiated, sum_values, total_value
 from ..ops.zero_groups import zero_groups
 from .cache import TermCache
-from .centers import _beside, _center_of, _weights_of
-from .lookup import ParameterRef, spellings
-from .param_groups import ParamGroup, _as_groups, checked_lam
-from .rules import Params, Select
-from .selection import Selection, owned_ids
+from .param_groups import ParamGroup
+from .parameters import PenalizedParameters
+from .selection import owned_ids
 from .summary import summary_table
-from .units import grouping_of
 
 __all__ = ["Penalty", "Sum"]
 
 
-class Penalty(nn.Module):
+class Penalty(PenalizedParameters):
     r"""`lam * Omega(w)` with `Omega(w) = sum_g n_g * rho(||w_g|| / sqrt(n_g))`, on chosen parameters of a model.
 
     Call it for the loss term, `loss = criterion(model(x), y) + penalty()`, or give it to a `RegularizedOptimizer`. It
@@ -86,41 +80,6 @@ class Penalty(nn.Module):
     #: Whether it is a scalar function times a grouping, and not a function of the whole tensor.
     separable: bool = True
 
-    def __init__(
-        self,
-        params: Params,
-        lam: float,
-        *,
-        select: Select | None = None,
-        exclude: Select | None = None,
-        groups: Groups | None = None,
-        scale: bool = True,
-        center: Literal["initial"] | Mapping[str, Tensor] | None = None,
-        weights: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        super().__init__()
-        self.groups = groups
-        self.scale = scale
-        self.param_groups: list[dict[str, Any]] = []
-        self._selections: list[Selection] = []
-        self.seen = {"in_loss": False}  # whether autograd went through it; an optimizer that has it looks, and warns
-        default, meant = checked_lam(lam), "attention" if isinstance(groups, Heads) else "weights"
-        for group in _as_groups(params):
-            self.param_groups.append(ParamGroup(group, lam=group.get("lam", default)))
-            chosen = group.get("select", select), group.get("exclude", exclude)
-            self._selections.append(Selection(group["params"], *chosen, default=meant))
-        self._centered = False
-        self._cache = TermCache()
-        self.terms(frozen=True)  # raises where a parameter cannot be penalized so
-        if center is not None:
-            for ref, name, tensor, _, entry in self._entries("center", center):
-                ref.centers[name] = _center_of(name, tensor, entry)
-            self._centered = True
-        if weights is not None:
-            for ref, name, tensor, grouping, entry in self._entries("weights", weights):
-                if entry is not None:
-                    ref.weights[name] = _weights_of(name, tensor, grouping, entry)
-
     def rho(self, u: Tensor) -> Tensor:
         """`rho(u)`, elementwise, for magnitudes `u >= 0`."""
         raise NotImplementedError(f"{type(self).__name__} gives no rho(u)")
@@ -150,117 +109,9 @@ class Penalty(nn.Module):
         return type(self).rho_prox is not Penalty.rho_prox
 
     @property
-    def lam(self) -> float:
-        """Lambda: of all groups where they agree, else of the first; setting it sets all."""
-        return float(self.param_groups[0]["lam"])
-
-    @lam.setter
-    def lam(self, lam: float) -> None:
-        for group in self.param_groups:
-            group["lam"] = lam
-
-    @property
     def parts(self) -> list[Penalty]:
         """The penalties of which this one is the sum; of any but a sum, itself."""
         return [self]
-
-    def terms(self, *, frozen: bool = False) -> list[Term]:
-        """What the penalty does to each of its parameters now, shared ones once; frozen ones are left out.
-
-        Raises:
-            ValueError: a parameter is in two groups, does not fit the groups of its elements, or is gone.
-        """
-        for selection in self._selections:
-            selection.refresh()
-        if frozen or torch.compiler.is_compiling():
-            return self._find(self, frozen)
-        cache_key = self._cache_key()
-        if not self._cache.holds(cache_key):
-            places = self._locations()
-            if places is None:
-                return self._find(self, frozen)
-            self._cache.fill(self._find(self._as_it_is(), frozen), cache_key, places)
-        return self._cache.terms
-
-    def batches(self, *, frozen: bool = False) -> list[TensorBatch]:
-        """The terms, in the batches that operations take at once.
-
-        Args:
-            frozen: whether the frozen parameters are meant where there are no others, as in an averaged model.
-        """
-        terms = self.terms()
-        if not terms and frozen:
-            return batches(self.terms(frozen=True))
-        if self._cache.terms is not terms:
-            return batches(terms)
-        self._cache.batches = self._cache.batches or batches(terms)
-        return self._cache.batches
-
-    def _cache_key(self) -> list[Any]:
-        """What `terms` depends on, beside the parameters: the penalty's attributes, and what is selected."""
-        attributes = (value for name, value in vars(self).items() if name != "_cache")
-        return [*attributes, *self.param_groups, *(selection.refs for selection in self._selections)]
-
-    def _locations(self) -> list[tuple[dict[str, Any], str]] | None:
-        """Where the parameters are found; None where `terms` depends on more than what is there."""
-        if type(self).factors is not Penalty.factors or unsharded_to_sharded():
-            return None
-        places = [ref.location() for selection in self._selections for ref in selection.refs]
-        return None if None in places else places  # type: ignore[return-value]
-
-    def _as_it_is(self) -> Penalty:
-        """A shallow copy, for the terms that it keeps: with the penalty itself they would be a reference cycle."""
-        kind = copy.copy(self)
-        kind._cache = TermCache()
-        return kind
-
-    def _find(self, kind: Penalty, frozen: bool) -> list[Term]:
-        seen: dict[int, int] = {}  # the index of the group that each is in
-        found = []
-        stand_ins = unsharded_to_sharded()
-        for index, (group, selection) in enumerate(zip(self.param_groups, self._selections, strict=True)):
-            for ref in selection.refs:
-                for name, tensor in ref.read():
-                    tensor = stand_ins.get(id(tensor), tensor)
-                    if id(tensor) in seen:
-                        _refuse_overlap(name, seen[id(tensor)], index)
-                        continue
-                    if ref.frozen(name, tensor) and not frozen:
-                        continue
-                    seen[id(tensor)] = index
-                    grouping = self._grouping(ref, name, tensor)
-                    weights = _beside(ref, ref.weights, name, tensor)
-                    center = _beside(ref, ref.centers, name, tensor)
-                    if self._centered and (center is None or center.shape != tensor.shape):
-                        raise ValueError(
-                            f"parameter {name!r} was not there when the penalty took its center; build the penalty anew"
-                        )
-                    if weights is not None and weights.shape != grouping.magnitudes_shape(tensor.shape):
-                        raise ValueError(
-                            f"parameter {name!r} has changed its shape to {tuple(tensor.shape)} since the penalty took "
-                            "its weights; build the penalty anew"
-                        )
-                    length = ref.length_of(name)
-                    for part, factor in self.factors(grouping):
-                        found.append(Term(name, tensor, kind, part, group, factor, weights, center, length))
-        return found
-
-    def factors(self, grouping: Grouping) -> list[tuple[Grouping, float]]:
-        """The groupings on which `rho` acts, with their shares of lambda: one, but for mixtures."""
-        return [(grouping, 1.0)]
-
-    def _grouping(self, ref: ParameterRef, name: str, tensor: Tensor) -> Grouping:
-        try:
-            grouping = grouping_of(self.groups, ref, tensor.shape, self.scale)
-            grouping.check(tensor.shape)
-        except ValueError as error:
-            raise ValueError(f"parameter {name!r}: {error}") from None
-        return grouping
-
-    def named_parameters_penalized(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields `(name, parameter)` of each parameter that is penalized now: shared ones once, frozen ones not."""
-        for terms in by_tensor(self.terms()):
-            yield terms[0].name, terms[0].tensor
 
     def forward(self, input: Any = None) -> Any:
         """`sum lam * Omega(w)` over all penalized parameters, a 0-dim tensor to add to the loss.
@@ -346,18 +197,6 @@ class Penalty(nn.Module):
         ]
         return max_over_ranks(distances) if distances else torch.zeros((), dtype=torch.float32)
 
-    def restricted_to(self, optimizer: torch.optim.Optimizer) -> Penalty:
-        """The same penalty, lambda shared, on those of its parameters that `optimizer` owns.
-
-        Raises:
-            ValueError: it owns none of them.
-        """
-        restricted = self._as_it_is()
-        restricted._selections = [selection.restricted_to(optimizer) for selection in self._selections]
-        if not any(selection.refs for selection in restricted._selections):
-            raise ValueError(f"{type(optimizer).__name__} owns none of the parameters of {self!r}")
-        return restricted
-
     @torch.no_grad()
     def sparsity(self) -> Tensor:
         """The fraction of the penalized elements that are exactly zero, or at their center; 0-dim, float32.
@@ -403,7 +242,7 @@ class Penalty(nn.Module):
         """The same penalty with its lambdas multiplied by a number; they are its own from then on."""
         if isinstance(factor, bool) or not isinstance(factor, numbers.Real):
             return NotImplemented
-        scaled = self._as_it_is()
+        scaled = self._shallow_copy()
         scaled.param_groups = [ParamGroup(group, group["lam"] * float(factor)) for group in self.param_groups]
         scaled.seen = {"in_loss": False}
         return scaled
@@ -415,76 +254,6 @@ class Penalty(nn.Module):
             "a model that has a penalty as a part cannot be scripted: take the penalty out of it first, or use "
             "torch.compile or torch.export"
         )
-
-    def extra_repr(self) -> str:
-        """What stands between the brackets of its repr."""
-        names = [name for name, _ in self.named_parameters_penalized()]
-        lams = ", ".join(f"{group['lam']:g}" for group in self.param_groups)
-        shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-        groups = "" if self.groups is None else f"groups={self.groups!r}, "
-        return f"lam={lams}, {groups}{len(names)} parameters: {shown}"
-
-    def get_extra_state(self) -> Tensor:
-        """The lambdas of its groups, in float64; of a penalty with a center, also what tells that from others."""
-        lams = torch.tensor([group["lam"] for group in self.param_groups], dtype=torch.float64)
-        return torch.cat([lams, self._center_sums()]) if self._centered else lams
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Slicer the lambdas from a state dict.
-
-        Raises:
-            ValueError: it has lambdas for another number of groups; it was saved with another center.
-        """
-        groups = len(self.param_groups)
-        if self._centered and len(state) == groups + 2:
-            saved, now = state[groups:].cpu(), self._center_sums()
-            if not torch.allclose(saved, now, rtol=0, atol=1e-6 * max(float(now[1]), 1e-30)):
-                raise ValueError(
-                    "the penalty was saved with another center than it has now: center='initial' means the weights at "
-                    "its construction, not those that are loaded later. Give center= the state dict that it began from"
-                )
-            state = state[:groups]
-        lams = state.tolist()
-        if len(lams) != groups:
-            raise ValueError(f"the state has lambdas for {len(lams)} groups, the penalty has {groups}")
-        for group, lam in zip(self.param_groups, lams, strict=True):
-            group["lam"] = lam
-
-    def _center_sums(self) -> Tensor:
-        """The sum and the norm of the centers, in float64."""
-        centers = [c for selection in self._selections for ref in selection.refs for c in ref.centers.values()]
-        sums = torch.zeros(2, dtype=torch.float64)
-        for center in centers:
-            x = full_tensor(center.detach().abs() if center.is_complex() else center.detach()).double()
-            sums += torch.stack([x.sum(), x.square().sum()]).cpu()
-        sums[1] = sums[1].sqrt()
-        return sums
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A checkpoint from before the penalty was part of the model has no lambda, and loads all the same.
-        if f"{prefix}_extra_state" in state_dict:
-            super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _entries(self, what: str, given: Any) -> Iterator[tuple[ParameterRef, str, Tensor, Grouping, Tensor | None]]:
-        """The parameters, each where it stands, and what `given` has for it by name."""
-        initial = what == "center" and given == "initial"
-        if not initial and not isinstance(given, Mapping):
-            raise TypeError(f"{what} must be a dict of name to tensor, not {given!r}")
-        found: dict[int, tuple[ParameterRef, str, Tensor]] = {}
-        names: dict[int, list[str]] = {}  # all by which a parameter can be called, shared ones by several
-        for ref in (ref for selection in self._selections for ref in selection.refs):
-            for name, tensor in ref.read():
-                found.setdefault(id(tensor), (ref, name, tensor))
-                names.setdefault(id(tensor), []).extend([*spellings(name), *spellings(ref.name)])
-        if not initial:
-            known = set().union(*names.values())
-            unknown = sorted(key for key in given if known.isdisjoint(spellings(key)))
-            if unknown and what == "weights":
-                raise ValueError(f"weights has {unknown}, which the penalty does not hold")
-            given = {**{spellings(key)[-1]: entry for key, entry in given.items()}, **given}
-        for key, (ref, name, tensor) in found.items():
-            entry = tensor if initial else next((given[called] for called in names[key] if called in given), None)
-            yield ref, name, tensor, self._grouping(ref, name, tensor), entry
 
 
 class Sum(Penalty):
@@ -529,7 +298,7 @@ class Sum(Penalty):
     def _cache_key(self) -> list[Any]:
         return [part.terms() for part in self.parts]
 
-    def _locations(self) -> list[tuple[dict[str, Any], str]]:
+    def _locations(self) -> list[tuple[dict[str, Any], str]] | None:
         return []
 
     def __mul__(self, factor: float) -> Penalty:
@@ -537,10 +306,10 @@ class Sum(Penalty):
 
     __rmul__ = __mul__
 
-    def _find(self, kind: Penalty, frozen: bool) -> list[Term]:
+    def _find_terms(self, penalty: Any, frozen: bool) -> list[Term]:
         return [term for part in self.parts for term in part.terms(frozen=frozen)]
 
-    def restricted_to(self, optimizer: torch.optim.Optimizer) -> Penalty:
+    def restricted_to(self, optimizer: torch.optim.Optimizer) -> Sum:
         """The same sum, lambdas shared, on those of its parameters that `optimizer` owns."""
         owned = owned_ids(optimizer)
         parts = [part for part in self.parts if any(id(term.tensor) in owned for term in part.terms(frozen=True))]
@@ -551,8 +320,3 @@ class Sum(Penalty):
     def extra_repr(self) -> str:
         """Nothing beside its parts."""
         return ""
-
-
-def _refuse_overlap(name: str, first: int, second: int) -> None:
-    if first != second:
-        raise ValueError(f"parameter {name!r} is in groups {first} and {second}; it can have one lambda")

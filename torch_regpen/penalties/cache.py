@@ -1,4 +1,4 @@
-"""What a penalty has found."""
+"""The terms that a penalty has found, for as long as it would find the same."""
 
 from __future__ import annotations
 
@@ -9,43 +9,49 @@ from typing import Any
 from ..ops.batches import TensorBatch
 from ..ops.terms import Term
 
+__all__ = ["TermCache"]
+
 
 class TermCache:
-    """What a penalty found, while it would find the same: to look takes longer than a step on small tensors."""
+    """Cached terms, valid while the parameters and the settings behind them are unchanged.
 
-    ASKED = attrgetter("requires_grad"), attrgetter("dtype"), attrgetter("device")
+    Finding the terms takes longer than a step on small tensors. To check that they are still valid takes a few
+    microseconds.
+    """
+
+    WATCHED = attrgetter("requires_grad"), attrgetter("dtype"), attrgetter("device")
 
     def __init__(self) -> None:
         self.terms: list[Term] = []
         self.batches: list[TensorBatch] = []
-        self._cache_key: list[Any] | None = None
+        self._key: list[Any] | None = None
 
-    def fill(self, terms: list[Term], cache_key: list[Any], places: list[tuple[dict[str, Any], str]]) -> None:
-        """Keep what was found.
+    def fill(self, terms: list[Term], key: list[Any], locations: list[tuple[dict[str, Any], str]]) -> None:
+        """Store terms.
 
         Args:
             terms: what was found.
-            cache_key: what that depends on, beside the parameters.
-            places: where the parameters are.
+            key: the settings that the terms depend on; they are compared by identity.
+            locations: the dict and the key in it under which each parameter is found.
         """
         self.terms, self.batches = terms, []
-        self._cache_key = cache_key
-        self._dicts = [parameters for parameters, _ in places]
-        self._keys = [key for _, key in places]
-        self._parameters = list(map(dict.get, self._dicts, self._keys))
-        self._known = [list(map(get, self._parameters)) for get in self.ASKED]
+        self._key = key
+        self._dicts = [parameters for parameters, _ in locations]
+        self._names = [name for _, name in locations]
+        self._parameters = list(map(dict.get, self._dicts, self._names))
+        self._known = [list(map(get, self._parameters)) for get in self.WATCHED]
 
-    def holds(self, cache_key: list[Any]) -> bool:
-        """Whether the same parameters are in the same places, and are to be judged as they were."""
-        if self._cache_key is None or len(cache_key) != len(self._cache_key):
+    def is_valid(self, key: list[Any]) -> bool:
+        """Whether the settings, the parameters and what was watched of them are unchanged."""
+        if self._key is None or len(key) != len(self._key):
             return False
-        now = list(map(dict.get, self._dicts, self._keys))
+        now = list(map(dict.get, self._dicts, self._names))
         return (
-            all(map(is_, cache_key, self._cache_key))
+            all(map(is_, key, self._key))
             and all(map(is_, now, self._parameters))
-            and all(all(map(eq, map(get, now), known)) for get, known in zip(self.ASKED, self._known, strict=True))
-            and not any(map(hasattr, now, itertools.repeat("ds_id")))
+            and all(all(map(eq, map(get, now), known)) for get, known in zip(self.WATCHED, self._known, strict=True))
+            and not any(map(hasattr, now, itertools.repeat("ds_id")))  # DeepSpeed has flattened it
         )
 
     def __reduce__(self) -> Any:
-        return TermCache, ()  # a copy of a penalty looks for itself
+        return TermCache, ()  # a copy of a penalty finds its terms itself

@@ -185,7 +185,7 @@ class NuclearNorm(L1):
     Each use takes a singular value decomposition of each tensor, see `torch_regpen.groups.SingularValues`.
 
     Args:
-        params, lam, select, exclude, center: see `Penalty`.
+        params, lam, select, exclude, center, positive: see `Penalty` and `L1`. With `positive` it has no known prox.
 
     Example:
         >>> penalty = NuclearNorm(nn.Linear(4, 3), lam=0.1)
@@ -199,8 +199,19 @@ class NuclearNorm(L1):
         select: Select | None = None,
         exclude: Select | None = None,
         center: Center = None,
+        weights: Mapping[str, Tensor] | None = None,
+        positive: bool = False,
     ) -> None:
-        super().__init__(params, lam, select=select, exclude=exclude, groups=SingularValues(), center=center)
+        super().__init__(
+            params,
+            lam,
+            select=select,
+            exclude=exclude,
+            groups=SingularValues(),
+            center=center,
+            weights=weights,
+            positive=positive,
+        )
 
 
 class SparseGroupLasso(ElasticNet):

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+__all__ = ["ParamGroup", "as_param_groups", "checked_lam"]
+
 LARGEST = torch.finfo(torch.float32).max
-
-
 GROUP_KEYS = {"params", "lam", "select", "exclude"}
 
 
 class ParamGroup(dict[str, Any]):
-    """A parameter group, which takes no lambda that is none."""
+    """A parameter group: a dict that checks the lambda that is put into it."""
 
     def __init__(self, group: dict[str, Any], lam: float) -> None:
         super().__init__(group)
@@ -46,15 +46,26 @@ def checked_lam(lam: Any) -> float:
     return value
 
 
-def _as_groups(params: Any) -> list[dict[str, Any]]:
+def as_param_groups(params: Any) -> list[dict[str, Any]]:
+    """The dicts of parameters that a user's `params` means; one where it has no dicts.
+
+    Raises:
+        TypeError: it is none of the allowed forms.
+        ValueError: a dict without "params", or with an unknown key.
+    """
     if isinstance(params, nn.Module | Tensor):
         return [{"params": params}]
     if isinstance(params, str | dict) or not isinstance(params, Iterable):
         raise TypeError(
-            f"params must be a module, or an iterable of tensors, of (name, tensor), or of dicts with a 'params'; "
-            f"{params!r} is a {type(params).__name__}"
+            "params must be a module, or an iterable of tensors, of (name, tensor), or of dicts with a 'params'; "
+            f"given is a {type(params).__name__}"
         )
     entries = list(params)
+    if entries and all(isinstance(entry, nn.Module) for entry in entries):
+        raise TypeError(
+            f"params is a {type(params).__name__} of {len(entries)} modules; give nn.ModuleList(modules), or one "
+            "{'params': module} for each"
+        )
     if not any(isinstance(entry, dict) for entry in entries):
         return [{"params": entries}]
     for entry in entries:

@@ -1,0 +1,249 @@
+"""The parameters that a penalty holds, each with its groups, its center and its lambda, as terms."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed.fsdp import unsharded_to_sharded
+from ..groups import Grouping, Groups, Heads
+from ..ops.batches import TensorBatch, batches
+from ..ops.terms import Term, by_tensor
+from .cache import TermCache
+from .centers import center_sums, checked_center, checked_weights, entries_by_parameter, stored_for
+from .lookup import ParameterRef
+from .param_groups import ParamGroup, as_param_groups, checked_lam
+from .rules import Params, Select
+from .selection import Selection
+from .units import grouping_of
+
+__all__ = ["PenalizedParameters"]
+
+Self = TypeVar("Self", bound="PenalizedParameters")
+
+
+class PenalizedParameters(nn.Module):
+    """Which parameters are penalized, over which groups, with which lambda; the base of `Penalty`, which see.
+
+    Attributes:
+        param_groups: a list with a dict for each group of parameters; set its `"lam"` at any time.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lam: float,
+        *,
+        select: Select | None = None,
+        exclude: Select | None = None,
+        groups: Groups | None = None,
+        scale: bool = True,
+        center: Literal["initial"] | Mapping[str, Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.groups = groups
+        self.scale = scale
+        self.param_groups: list[dict[str, Any]] = []
+        self._selections: list[Selection] = []
+        self.seen = {"in_loss": False}  # set in backward; RegularizedOptimizer uses it to warn about double counting
+        default, meant = checked_lam(lam), "attention" if isinstance(groups, Heads) else "weights"
+        for group in as_param_groups(params):
+            self.param_groups.append(ParamGroup(group, lam=group.get("lam", default)))
+            chosen = group.get("select", select), group.get("exclude", exclude)
+            self._selections.append(Selection(group["params"], *chosen, default=meant))
+        self._centered = False
+        self._cache = TermCache()
+        self.terms(frozen=True)  # raises where a parameter cannot be penalized like this
+        if center is not None:
+            self._take_center(center)
+        if weights is not None:
+            for ref, name, tensor, entry in entries_by_parameter(self._refs(), weights, "weights"):
+                if entry is not None:
+                    ref.weights[name] = checked_weights(name, tensor, self._grouping(ref, name, tensor), entry)
+
+    @property
+    def lam(self) -> float:
+        """Lambda of the first parameter group. Setting it sets the lambda of all groups."""
+        return float(self.param_groups[0]["lam"])
+
+    @lam.setter
+    def lam(self, lam: float) -> None:
+        for group in self.param_groups:
+            group["lam"] = lam
+
+    def terms(self, *, frozen: bool = False) -> list[Term]:
+        """The terms of all parameters as they are now, those of shared parameters once.
+
+        Args:
+            frozen: include the terms of frozen parameters.
+
+        Raises:
+            ValueError: a parameter is in two groups, does not divide into its groups, or is gone.
+        """
+        for selection in self._selections:
+            selection.refresh()
+        if frozen or torch.compiler.is_compiling():
+            return self._find_terms(self, frozen)
+        key = self._cache_key()
+        if not self._cache.is_valid(key):
+            locations = self._locations()
+            if locations is None:
+                return self._find_terms(self, frozen)
+            self._cache.fill(self._find_terms(self._shallow_copy(), frozen), key, locations)
+        return self._cache.terms
+
+    def batches(self, *, frozen: bool = False) -> list[TensorBatch]:
+        """The terms, in as few batches as possible.
+
+        Args:
+            frozen: take the frozen parameters where all are frozen, as those of an averaged model.
+        """
+        terms = self.terms()
+        if not terms and frozen:
+            return batches(self.terms(frozen=True))
+        if self._cache.terms is not terms:
+            return batches(terms)
+        self._cache.batches = self._cache.batches or batches(terms)
+        return self._cache.batches
+
+    def factors(self, grouping: Grouping) -> list[tuple[Grouping, float]]:
+        """The groupings on which `rho` acts, with their shares of lambda: one, except for mixtures."""
+        return [(grouping, 1.0)]
+
+    def named_parameters_penalized(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields `(name, parameter)` of each parameter that is penalized now: shared ones once, frozen ones not."""
+        for terms in by_tensor(self.terms()):
+            yield terms[0].name, terms[0].tensor
+
+    def restricted_to(self: Self, optimizer: torch.optim.Optimizer) -> Self:
+        """The same penalty, lambda shared, on those of its parameters that `optimizer` owns.
+
+        Raises:
+            ValueError: it owns none of them.
+        """
+        restricted = self._shallow_copy()
+        restricted._selections = [selection.restricted_to(optimizer) for selection in self._selections]
+        if not any(selection.refs for selection in restricted._selections):
+            raise ValueError(f"{type(optimizer).__name__} owns none of the parameters of {self!r}")
+        return restricted
+
+    def extra_repr(self) -> str:
+        """The text between the brackets of the repr."""
+        names = [name for name, _ in self.named_parameters_penalized()]
+        lams = ", ".join(f"{group['lam']:g}" for group in self.param_groups)
+        shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+        groups = "" if self.groups is None else f"groups={self.groups!r}, "
+        return f"lam={lams}, {groups}{len(names)} parameters: {shown}"
+
+    def get_extra_state(self) -> Tensor:
+        """The lambdas of the groups, in float64; with a center, also a checksum of it."""
+        lams = torch.tensor([group["lam"] for group in self.param_groups], dtype=torch.float64)
+        return torch.cat([lams, center_sums(self._refs())]) if self._centered else lams
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the lambdas from a state dict.
+
+        Raises:
+            ValueError: it has lambdas for another number of groups; it was saved with another center.
+        """
+        groups = len(self.param_groups)
+        if self._centered and len(state) == groups + 2:
+            saved, now = state[groups:].cpu(), center_sums(self._refs())
+            if not torch.allclose(saved, now, rtol=0, atol=1e-6 * max(float(now[1]), 1e-30)):
+                raise ValueError(
+                    "the penalty was saved with another center than it has now: center='initial' means the weights at "
+                    "its construction, not those that are loaded later. Give center= the state dict that it began from"
+                )
+            state = state[:groups]
+        lams = state.tolist()
+        if len(lams) != groups:
+            raise ValueError(f"the state has lambdas for {len(lams)} groups, the penalty has {groups}")
+        for group, lam in zip(self.param_groups, lams, strict=True):
+            group["lam"] = lam
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A checkpoint from before the penalty was part of the model has no lambda, and loads all the same.
+        if f"{prefix}_extra_state" in state_dict:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _refs(self) -> list[ParameterRef]:
+        return [ref for selection in self._selections for ref in selection.refs]
+
+    def _cache_key(self) -> list[Any]:
+        attributes = (value for name, value in vars(self).items() if name != "_cache")
+        return [*attributes, *self.param_groups, *(selection.refs for selection in self._selections)]
+
+    def _locations(self) -> list[tuple[dict[str, Any], str]] | None:
+        """Where the parameters are found; None where the terms depend on more than that, and cannot be cached."""
+        if type(self).factors is not PenalizedParameters.factors or unsharded_to_sharded():
+            return None
+        locations = [ref.location() for ref in self._refs()]
+        return None if None in locations else locations  # type: ignore[return-value]
+
+    def _shallow_copy(self: Self) -> Self:
+        """A copy that shares all but the cache. Cached terms hold it: the penalty itself would be a reference cycle."""
+        shallow = copy.copy(self)
+        shallow._cache = TermCache()
+        return shallow
+
+    def _find_terms(self, penalty: Any, frozen: bool) -> list[Term]:
+        seen: dict[int, int] = {}  # the id of each parameter, and the index of its group
+        found = []
+        sharded = unsharded_to_sharded()
+        for index, (group, selection) in enumerate(zip(self.param_groups, self._selections, strict=True)):
+            for ref in selection.refs:
+                for name, tensor in ref.read():
+                    tensor = sharded.get(id(tensor), tensor)
+                    if id(tensor) in seen:
+                        if seen[id(tensor)] != index:
+                            raise ValueError(
+                                f"parameter {name!r} is in groups {seen[id(tensor)]} and {index}; it can have one "
+                                "lambda"
+                            )
+                        continue
+                    if ref.frozen(name, tensor) and not frozen:
+                        continue
+                    seen[id(tensor)] = index
+                    found += self._terms_of(penalty, ref, name, tensor, group)
+        return found
+
+    def _terms_of(
+        self, penalty: Any, ref: ParameterRef, name: str, tensor: Tensor, group: dict[str, Any]
+    ) -> list[Term]:
+        grouping = self._grouping(ref, name, tensor)
+        weights = stored_for(ref, ref.weights, name, tensor)
+        center = stored_for(ref, ref.centers, name, tensor)
+        if self._centered and (center is None or center.shape != tensor.shape):
+            raise ValueError(
+                f"parameter {name!r} was not there when the penalty took its center; build the penalty anew"
+            )
+        if weights is not None and weights.shape != grouping.magnitudes_shape(tensor.shape):
+            raise ValueError(
+                f"parameter {name!r} has changed its shape to {tuple(tensor.shape)} since the penalty took its "
+                "weights; build the penalty anew"
+            )
+        length = ref.length_of(name)
+        return [
+            Term(name, tensor, penalty, part, group, factor, weights, center, length)
+            for part, factor in self.factors(grouping)
+        ]
+
+    def _take_center(self, center: Any) -> None:
+        if isinstance(center, str) and center == "initial":
+            center = {name: tensor for ref in self._refs() for name, tensor in ref.read()}
+        for ref, name, tensor, entry in entries_by_parameter(self._refs(), center, "center"):
+            ref.centers[name] = checked_center(name, tensor, entry)
+        self._centered = True
+
+    def _grouping(self, ref: ParameterRef, name: str, tensor: Tensor) -> Grouping:
+        try:
+            grouping = grouping_of(self.groups, ref, tensor.shape, self.scale)
+            grouping.check(tensor.shape)
+        except ValueError as error:
+            raise ValueError(f"parameter {name!r}: {error}") from None
+        return grouping

@@ -180,22 +180,24 @@ class TargetSparsity:
                 f"optimizer must be a RegularizedOptimizer, not {type(optimizer).__name__}: lambda is read off the "
                 "weights in its step; use RegularizedOptimizer(optimizer, penalty, 'dual')"
             )
-        if not optimizer.moves_by_prox:
+        penalty = optimizer.zeroing_penalty
+        if penalty is None:
             raise ValueError(
                 f"the optimizer is in the {optimizer.mode!r} mode, where no lambda makes a given number of zeros; use "
                 "mode='dual' or 'proximal'"
             )
         if not 0 <= target < 1:
             raise ValueError(f"target must be a fraction from 0 to less than 1, not {target}")
-        if not any(makes_zeros(term) for term in optimizer.penalty.terms()):
-            raise ValueError(f"{optimizer.penalty!r} zeroes nothing; L2 only shrinks")
+        if not any(makes_zeros(term) for term in penalty.terms()):
+            raise ValueError(f"{penalty!r} zeroes nothing; L2 only shrinks")
         self.optimizer = optimizer
+        self._penalty = penalty
         self.target = target
         self.steps = _checked_count("steps", steps)
         self.every = min(max(steps // READINGS, 1), MOST) if every is None else _checked_count("every", every)
         self.ramp = ramp
         self.freeze = freeze
-        lams = [float(group["lam"]) for group in optimizer.penalty.param_groups]
+        lams = [float(group["lam"]) for group in penalty.param_groups]
         if not all(lams):
             raise ValueError("every lambda must be more than 0, to be scaled; set a small one")
         self.factor = max(lams)
@@ -210,7 +212,7 @@ class TargetSparsity:
         self._attach()
 
     def _warn_if_short(self) -> None:
-        if self.optimizer.mode != "dual" and (self.steps < LEAST_STEPS or self.steps < LEAST_READINGS * self.every):
+        if not self.optimizer.averages and (self.steps < LEAST_STEPS or self.steps < LEAST_READINGS * self.every):
             warnings.warn(
                 f"with steps={self.steps} and every={self.every} the proximal mode may miss the target: lambda has to "
                 f"change slowly there. Use mode='dual', or at least {LEAST_STEPS} steps and {LEAST_READINGS} readings",
@@ -251,7 +253,7 @@ class TargetSparsity:
 
     def _set(self, factor: float) -> None:
         self.factor = factor
-        _scale(self.optimizer.penalty, self.base, factor)
+        _scale(self._penalty, self.base, factor)
 
     @torch.no_grad()
     def _read(self) -> None:
@@ -264,7 +266,7 @@ class TargetSparsity:
         self._set(self.factor)
         factors = self._zero_factors()
         count = self._count(factors)
-        proximal = self.optimizer.mode != "dual"
+        proximal = not self.optimizer.averages
         starts = proximal and not self.last_reading
         wanted = self.target * (1.0 if starts else self.ramp(min(step / self.steps, 1.0)))
         change = _between(factors, round(wanted * count))
@@ -292,7 +294,7 @@ class TargetSparsity:
 
     def _zero_factors(self) -> Tensor:
         """`zero_factors` of a sample, sorted, on the CPU."""
-        stride = stride_for(by_tensor(self.optimizer.penalty.terms()), ELEMENTS, GROUPS)
+        stride = stride_for(by_tensor(self._penalty.terms()), ELEMENTS, GROUPS)
         take = partial(sampled, stride=stride, start=self.last_step)
         work = ((terms, step) for terms, step in self.optimizer.before_prox(take) if any(map(makes_zeros, terms)))
         return zero_factors(work).cpu().sort().values

@@ -5,6 +5,7 @@ A penalty sees a tensor only through its magnitudes. A grouping maps a tensor to
 lies in its tensor.
 """
 
+from .coupled import Coupled
 from .grouping import Elements, Grouping
 from .layouts import Blocks, Heads, Slices, Units, WholeTensor
 from .names import Groups, resolve
@@ -13,6 +14,7 @@ from .singular_values import SingularValues
 
 __all__ = [
     "Blocks",
+    "Coupled",
     "Elements",
     "Grouping",
     "Groups",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from .coupled import Coupled
 from .grouping import Elements, Grouping
 from .layouts import Slices, WholeTensor
 from .norms import NormGrouping
 
-Groups = str | int | Grouping
+Groups = str | int | Grouping | Coupled
 
 
 NAMES = "'output', 'input' and 'tensor'"
@@ -33,6 +34,8 @@ def resolve(groups: Groups | None, scale: bool = True) -> Grouping:
         return Slices(1, scale=scale)
     if groups == "tensor":
         return WholeTensor(scale=scale)
+    if isinstance(groups, Coupled):
+        raise TypeError("the groups of Coupled span tensors of a model; give them to a penalty on that model")
     if isinstance(groups, str):
         raise ValueError(f"groups={groups!r}: the names are {NAMES}; an int names a dimension")
     raise TypeError(f"groups must be None, one of {NAMES}, an int or a Grouping of torch_regpen.groups, not {groups!r}")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..distributed.shards import local
+from ..groups.grouping import working_dtype
 from .chunks import batch_indices
-from .terms import Term, by_tensor, coefficients
+from .step import Step
+from .terms import Joint, Term, by_tensor, coefficients, gathered
 
-__all__ = ["TensorBatch", "batches"]
+__all__ = ["JointBatch", "TensorBatch", "batches"]
 
 
 @dataclass(slots=True, eq=False)
@@ -88,6 +91,59 @@ class TensorBatch:
         return TensorBatch(each, tensors, self.group, [grad for grad in grads if grad is not None]) if each else None
 
 
+@dataclass(slots=True, eq=False)
+class JointBatch(TensorBatch):
+    """The tensors over which the groups of some terms span.
+
+    An operation takes `matrix()`, works on it as on a single tensor, and writes it back with `scatter_`.
+
+    Attributes:
+        joint: which slices of the tensors form the groups.
+        owners: the param_group that owns each tensor, where an optimizer asks.
+    """
+
+    joint: Joint = field(kw_only=True)
+    owners: list[dict[str, Any]] = field(kw_only=True)
+
+    def with_grads(self) -> JointBatch | None:
+        """The batch with its gradients; None unless all its tensors have one."""
+        grads = [w.grad for w in self.tensors if w.grad is not None]
+        return replace(self, grads=grads) if len(grads) == len(self.tensors) else None
+
+    def matrix(self) -> TensorBatch:
+        """The terms on the matrix of the groups, a copy of the weights; differentiable."""
+        terms = gathered(self.terms)
+        return TensorBatch([terms], [terms[0].tensor], self.group)
+
+    def scatter_(self, matrix: Tensor) -> None:
+        """Write the matrix back into the weights."""
+        self.joint.scatter_(self.tensors, matrix)
+
+    def step(self, steps: Sequence[Step]) -> Step:
+        """The step of the elements of the matrix, from the steps of the tensors."""
+        first = steps[0]
+        changes = [step.max_change for step in steps if step.max_change is not None]
+        max_change = None if not changes else _largest(changes)
+        if not any(step.by_element for step in steps):
+            if all(step.numerator is first.numerator or _equal(step.numerator, first.numerator) for step in steps):
+                return first
+            if any(term.penalty.coefficients is None for term in self.terms):
+                raise ValueError(
+                    f"the tensors of the units of {self.terms[0].name!r} have different learning rates, and the prox of "
+                    f"{type(self.terms[0].penalty).__name__} over groups is not known where the step differs by "
+                    "coordinate; give them one learning rate"
+                )
+        sizes = [_expanded(step.size, w) for step, w in zip(steps, self.tensors, strict=True)]
+        unseen = None
+        if any(step.unseen is not None for step in steps):
+            masks = [
+                torch.zeros_like(w, dtype=torch.bool) if step.unseen is None else step.unseen
+                for step, w in zip(steps, self.tensors, strict=True)
+            ]
+            unseen = self.joint.gather(masks)
+        return Step(self.joint.gather(sizes), max_change, unseen)
+
+
 def batches(terms: Iterable[Term], owners: dict[int, dict[str, Any]] | None = None) -> list[TensorBatch]:
     """All terms, in as few batches as possible.
 
@@ -97,7 +153,11 @@ def batches(terms: Iterable[Term], owners: dict[int, dict[str, Any]] | None = No
     """
     alike: dict[Any, TensorBatch] = {}
     for of_tensor in by_tensor(terms):
-        w = of_tensor[0].tensor
+        w, joint = of_tensor[0].tensor, of_tensor[0].joint
+        if joint is not None:
+            groups = [owners[id(parameter)] if owners is not None else {} for parameter in joint.parameters]
+            alike[id(w)] = JointBatch([of_tensor], joint.parameters, groups[0], joint=joint, owners=groups)
+            continue
         group = owners[id(w)] if owners is not None else {}
         key: Any = id(w)
         if all(term.elementwise and term.length is None for term in of_tensor):
@@ -105,4 +165,28 @@ def batches(terms: Iterable[Term], owners: dict[int, dict[str, Any]] | None = No
         batch = alike.setdefault(key, TensorBatch([], [], group))
         batch.each.append(of_tensor)
         batch.tensors.append(w)
-    return [batch.subset(indices) for batch in alike.values() for indices in batch_indices(batch.tensors)]
+    found: list[TensorBatch] = []
+    for batch in alike.values():
+        if isinstance(batch, JointBatch):
+            found.append(batch)
+        else:
+            found += [batch.subset(indices) for indices in batch_indices(batch.tensors)]
+    return found
+
+
+def _expanded(size: float | Tensor, w: Tensor) -> Tensor:
+    real = working_dtype(w.dtype)
+    if isinstance(size, Tensor) and size.ndim:
+        return size
+    return torch.zeros_like(w, dtype=real) + size
+
+
+def _largest(changes: list[float | Tensor]) -> float | Tensor:
+    if any(isinstance(change, Tensor) for change in changes):
+        return torch.stack([torch.as_tensor(change) for change in changes]).amax()
+    return max(changes)
+
+
+def _equal(a: float | Tensor, b: float | Tensor) -> bool:
+    """Whether two numbers are equal; of tensors that is not known without waiting for the device."""
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b

@@ -6,13 +6,18 @@ from torch import Tensor
 
 from .. import functional as F
 from . import foreach
-from .batches import TensorBatch
+from .batches import JointBatch, TensorBatch
 from .sharded import on_local_shards
 from .terms import Term, TermPenalty, chunked_terms
 
 
 def decay_(batch: TensorBatch, step: float | Tensor) -> None:
     """The decoupled subgradient step of the terms of each tensor, in place; see `decayed`."""
+    if isinstance(batch, JointBatch):
+        matrix = batch.matrix()
+        decay_(matrix, step)
+        batch.scatter_(matrix.tensors[0])
+        return
     if batch.has_fused_prox:
         linear, quadratic = batch.coefficients
         if quadratic:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import foreach
-from .batches import TensorBatch
+from .batches import JointBatch, TensorBatch
 from .sharded import on_local_shards
 from .terms import Term
 
@@ -30,7 +30,10 @@ def add_grad_(batch: TensorBatch, *, ascend: bool = False) -> None:
     if batch.inactive:
         return
     sign = -1 if ascend else 1
-    if batch.elementwise:
+    if isinstance(batch, JointBatch):
+        active = [term for term in batch.matrix().terms if not term.inactive]
+        batch.joint.add_(batch.grads, _grad(active), sign)
+    elif batch.elementwise:
         linear, quadratic = batch.coefficients
         foreach.add_(batch.grads, batch.tensors, sign * linear, sign * quadratic)
     else:

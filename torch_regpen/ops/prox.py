@@ -20,7 +20,7 @@ from ..groups.grouping import Elements, working_dtype
 from ..groups.norms import NormGrouping
 from ..groups.singular_values import SingularValues
 from . import foreach
-from .batches import TensorBatch
+from .batches import JointBatch, TensorBatch
 from .chunks import slicers
 from .sharded import on_local_shards
 from .step import Step, is_scalar
@@ -38,6 +38,11 @@ def one_step(steps: Sequence[Step]) -> bool:
 
 def prox_(batch: TensorBatch, steps: Sequence[Step]) -> None:
     """The proximal map of the terms of each tensor, in place, with its own step; see `prox`."""
+    if isinstance(batch, JointBatch):
+        matrix = batch.matrix()
+        prox_(matrix, [batch.step(steps)])
+        batch.scatter_(matrix.tensors[0])
+        return
     step = steps[0]
     if batch.has_fused_prox and one_step(steps):
         linear, quadratic = batch.coefficients

@@ -7,10 +7,12 @@ so the functions for those take all terms of a tensor at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ..groups.grouping import Elements, Grouping
@@ -18,7 +20,17 @@ from ..groups.names import Groups
 from ..groups.norms import NormGrouping
 from .chunks import Slicer, slicers
 
-__all__ = ["Term", "TermPenalty", "by_tensor", "chunked_terms", "coefficients", "separable_dims", "sliced"]
+__all__ = [
+    "Joint",
+    "Term",
+    "TermPenalty",
+    "by_tensor",
+    "chunked_terms",
+    "coefficients",
+    "gathered",
+    "separable_dims",
+    "sliced",
+]
 
 
 class TermPenalty(Protocol):
@@ -40,6 +52,57 @@ class TermPenalty(Protocol):
     def has_prox(self) -> bool: ...
 
 
+@dataclass(eq=False)
+class Joint:
+    """Groups that span several tensors: group i has the slices `index[i]` of each.
+
+    Args:
+        parameters: the tensors.
+        dims: the dimension of each along which its slices lie.
+        indices: for each tensor the slices of each group: `(groups, slices of this tensor in a group)`.
+        names: the qualified names of the tensors.
+    """
+
+    parameters: list[Tensor]
+    dims: list[int]
+    indices: list[Tensor]
+    names: list[str]
+
+    def __post_init__(self) -> None:
+        # Terms hold this in the place of the matrix, which is gathered when an operation needs it.
+        sizes = [
+            w.numel() // max(w.shape[dim], 1) * index.shape[1]
+            for w, dim, index in zip(self.parameters, self.dims, self.indices, strict=True)
+        ]
+        dtype = functools.reduce(torch.promote_types, [w.dtype for w in self.parameters])
+        self.placeholder = torch.empty(len(self.indices[0]), sum(sizes), dtype=dtype, device="meta")
+        self._sizes = sizes
+
+    def gather(self, xs: Sequence[Tensor]) -> Tensor:
+        """The matrix of tensors like the parameters: a row for each group; differentiable."""
+        rows = [
+            x.index_select(dim, index.flatten()).movedim(dim, 0).reshape(len(index), -1)
+            for x, dim, index in zip(xs, self.dims, self.indices, strict=True)
+        ]
+        return torch.cat(rows, dim=1)
+
+    def scatter_(self, xs: Sequence[Tensor], matrix: Tensor) -> None:
+        """Write a matrix that was gathered back into the tensors."""
+        for x, dim, index, slices in self._slices(xs, matrix):
+            x.index_copy_(dim, index, slices)
+
+    def add_(self, xs: Sequence[Tensor], matrix: Tensor, alpha: float) -> None:
+        """Add `alpha` times a matrix to the tensors."""
+        for x, dim, index, slices in self._slices(xs, matrix):
+            x.index_add_(dim, index, slices, alpha=alpha)
+
+    def _slices(self, xs: Sequence[Tensor], matrix: Tensor) -> Iterator[tuple[Tensor, int, Tensor, Tensor]]:
+        parts = matrix.split(self._sizes, dim=1)
+        for x, dim, index, part in zip(xs, self.dims, self.indices, parts, strict=True):
+            slices = part.reshape(index.numel(), *x.movedim(dim, 0).shape[1:]).movedim(0, dim)
+            yield x, dim, index.flatten(), slices.to(x.dtype)
+
+
 @dataclass(slots=True, eq=False)
 class Term:
     """One scalar penalty over the groups of one tensor.
@@ -54,6 +117,7 @@ class Term:
         weights: non-negative factors on lambda that broadcast to the magnitudes, or None for 1.
         center: the point from which the tensor is measured, or None for the origin.
         length: under weight_norm, where the tensor holds the directions: the parameter that holds their lengths.
+        joint: where the groups span several tensors, which; `tensor` is then a placeholder of their matrix.
     """
 
     name: str
@@ -65,6 +129,7 @@ class Term:
     weights: Tensor | None = None
     center: Tensor | None = None
     length: Tensor | None = None
+    joint: Joint | None = None
 
     @property
     def lam(self) -> float:
@@ -114,6 +179,13 @@ class Term:
             and not self.tensor.is_complex()
         )
 
+    @property
+    def named_parameters(self) -> list[tuple[str, Tensor]]:
+        """The parameter, or those that its groups span, by name."""
+        if self.joint is None:
+            return [(self.name, self.tensor)]
+        return list(zip(self.joint.names, self.joint.parameters, strict=True))
+
     def offset(self, w: Tensor) -> Tensor:
         """`w - center`."""
         return w if self.center is None else w - self.center
@@ -138,6 +210,15 @@ def by_tensor(terms: Iterable[Term]) -> list[list[Term]]:
     for term in terms:
         found.setdefault(id(term.tensor), []).append(term)
     return list(found.values())
+
+
+def gathered(terms: list[Term]) -> list[Term]:
+    """The terms of one tensor; of terms whose groups span several, the terms on the matrix of these groups."""
+    joint = terms[0].joint
+    if joint is None:
+        return terms
+    matrix = joint.gather(joint.parameters)
+    return [replace(term, tensor=matrix, joint=None) for term in terms]
 
 
 def coefficients(terms: list[Term]) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..distributed.shards import full_tensor
 from ..groups.grouping import working_dtype
 from . import foreach
-from .batches import TensorBatch, batches
+from .batches import JointBatch, TensorBatch, batches
 from .gradient import check_grad
 from .sharded import ShardedTerms, total_over_ranks
 from .terms import Term
@@ -69,6 +69,9 @@ def _split_sharded(work: list[TensorBatch]) -> tuple[list[TensorBatch], list[Sha
     """What this rank has the whole of, and the parts of tensors that are cut."""
     here, cut = [], []
     for batch in work:
+        if isinstance(batch, JointBatch):
+            here.append(batch.matrix())
+            continue
         if batch.is_local:
             here.append(batch)
             continue

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..distributed.shards import local
 from ..groups.grouping import Elements, working_dtype
 from ..ops import foreach
-from ..ops.batches import TensorBatch
+from ..ops.batches import JointBatch, TensorBatch
 from ..ops.prox import clip_change, prox, scale_, scales_in_place
 from ..ops.sharded import on_local_shards
 from ..ops.step import Step, adaptive
@@ -65,6 +65,16 @@ def drop_others(states: Sequence[State], keep: bool) -> None:
 
 def average_(batch: TensorBatch, states: Sequence[State], steps: Sequence[Step]) -> None:
     """One step of the average, in place: of the weights, which the optimizer has moved, the gaps and the sums."""
+    if isinstance(batch, JointBatch):
+        gathered, gathered_states, gathered_steps = matrix(batch, states, steps)
+        average_(gathered, gathered_states, gathered_steps)
+        batch.scatter_(gathered.tensors[0])
+        batch.joint.scatter_([state[GAP] for state in states], gathered_states[0][GAP])
+        if gathered_states[0][STEPS].ndim:
+            batch.joint.scatter_([state[STEPS] for state in states], gathered_states[0][STEPS])
+        else:
+            torch._foreach_copy_([state[STEPS] for state in states], [gathered_states[0][STEPS]] * len(states))
+        return
     sums = [state[STEPS] for state in states]
     if scalars := [(s, step.size) for s, step in zip(sums, steps, strict=True) if not s.ndim]:
         torch._foreach_add_(*map(list, zip(*scalars, strict=True)))
@@ -77,6 +87,21 @@ def average_(batch: TensorBatch, states: Sequence[State], steps: Sequence[Step])
         for terms, gap, s, step in zip(batch.each, gaps, sums, steps, strict=True):
             for some, take in chunked_terms([term for term in terms if not term.inactive]):
                 _average_(some, take(gap), take(s), step.sliced(take))
+
+
+def matrix(
+    batch: JointBatch, states: Sequence[State], steps: Sequence[Step]
+) -> tuple[TensorBatch, list[State], list[Step]]:
+    """The matrix of the groups of a batch, its gaps and sums, and its step."""
+    step = batch.step(steps)
+    if step.by_element:
+        for w, state in zip(batch.tensors, states, strict=True):
+            if not state[STEPS].ndim:
+                state[STEPS] = torch.zeros_like(w, dtype=working_dtype(w.dtype)) + state[STEPS]
+        sums = batch.joint.gather([state[STEPS] for state in states])
+    else:  # the tensors have been stepped together, so that their sums are the same
+        sums = states[0][STEPS].clone()
+    return batch.matrix(), [{GAP: batch.joint.gather([state[GAP] for state in states]), STEPS: sums}], [step]
 
 
 def _average_(terms: list[Term], gap: Tensor, sums: Tensor, step: Step) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..distributed.reductions import max_over_ranks
 from ..distributed.shards import local
+from ..groups import Elements
 from ..groups.grouping import largest
 from ..ops.batches import TensorBatch
 from ..ops.terms import Term
@@ -62,12 +63,27 @@ class FrozenZeros:
         """Whether zeros are frozen."""
         return any(FROZEN in group for group in self._optimizer.param_groups)
 
-    def freeze(self, penalized: Iterable[list[Term]]) -> None:
-        """Hold the zeros of these parameters; the optimizer's state is zeroed with them."""
+    def start(self) -> None:
+        """From now on, zeros are held."""
         for group in self._optimizer.param_groups:
             group[FROZEN] = True
-        for terms in penalized:
-            self._find(terms, self._was_stepped(terms[0].tensor))
+
+    def freeze(self, terms: list[Term]) -> None:
+        """Hold the zeros of a parameter, or those of the units that span several; state is zeroed with them.
+
+        What is zero everywhere and was not stepped yet is left free.
+        """
+        for w, survivors in _survivors_of(terms):
+            if not self._was_stepped(w):
+                local(survivors).logical_or_(max_over_ranks([(largest(local(survivors)), w)]) == 0)
+            state = self._optimizer.state.get(w, {})
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == w.shape and name not in (*OWN, "step"):
+                    local(value).masked_fill_(~local(survivors), 0)
+            if state:
+                state[SURVIVORS] = survivors
+            else:
+                self._early[w] = survivors
 
     def thaw(self) -> None:
         """Hold none."""
@@ -78,21 +94,20 @@ class FrozenZeros:
         self._early.clear()
 
     def silence(self, active: list[TensorBatch]) -> None:
-        """Slicer the gradient off what is held: momentum and moments would otherwise push it on for ever."""
-        for batch in active if self.on else []:
-            for terms in batch.each if FROZEN in batch.group else []:
-                w = terms[0].tensor
+        """Zero the gradient of what is held, which would otherwise go on moving momentum and moments."""
+        for terms in (terms for batch in active if FROZEN in batch.group for terms in batch.each):
+            for _, w in terms[0].named_parameters:
+                if self._survivors(w) is None:  # it was frozen before its first step, and comes from a checkpoint
+                    self.freeze(terms)
                 survivors = self._survivors(w)
-                if survivors is None:  # it was frozen before its first step, and comes from a checkpoint
-                    survivors = self._find(terms, self._was_stepped(w))
-                if w.grad is not None and not w.grad.is_sparse:
+                if survivors is not None and w.grad is not None and not w.grad.is_sparse:
                     local(w.grad).masked_fill_(~local(survivors), 0)
 
     def hold(self, active: list[TensorBatch]) -> None:
         """Put back what an update has moved all the same."""
-        for batch in active if self.on else []:
-            for terms in batch.each:
-                w, center = terms[0].tensor, _center(terms)
+        for terms in (terms for batch in active for terms in batch.each):
+            center = _center(terms)
+            for _, w in terms[0].named_parameters:
                 survivors = self._survivors(w)
                 if survivors is None:
                     continue
@@ -128,24 +143,24 @@ class FrozenZeros:
         survivors: Tensor | None = state[SURVIVORS] if SURVIVORS in state else self._early.get(w)
         return survivors if survivors is None else survivors.to(w.device)
 
-    def _find(self, terms: list[Term], stepped: bool) -> Tensor:
-        """Find the mask of a parameter; one that is zero everywhere and was not stepped yet is left free."""
-        w, center = terms[0].tensor, _center(terms)
-        survivors = w.detach() != (0 if center is None else center)
-        length = terms[0].length
-        if length is not None:  # under weight_norm a zero weight is one of length 0
-            survivors = survivors & (length.detach() != 0)
-        if not stepped:
-            local(survivors).logical_or_(max_over_ranks([(largest(local(survivors)), w)]) == 0)
-        state = self._optimizer.state.get(w, {})
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == w.shape and name not in (*OWN, "step"):
-                local(value).masked_fill_(~local(survivors), 0)
-        if state:
-            state[SURVIVORS] = survivors
-        else:
-            self._early[w] = survivors
-        return survivors
+
+def _survivors_of(terms: list[Term]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each parameter of the terms, and where it is not at zero, or at its center."""
+    joint, length = terms[0].joint, terms[0].length
+    if joint is not None:  # a bias may be zero in a unit that is not
+        matrix = joint.gather(joint.parameters)
+        alive = (matrix != 0).any(dim=1, keepdim=True).expand_as(matrix)
+        if any(isinstance(term.grouping, Elements) for term in terms):
+            alive = alive & (matrix != 0)
+        masks = [torch.ones_like(w, dtype=torch.bool) for w in joint.parameters]
+        joint.scatter_(masks, alive)
+        yield from zip(joint.parameters, masks, strict=True)
+        return
+    w, center = terms[0].tensor, _center(terms)
+    survivors = w.detach() != (0 if center is None else center)
+    if length is not None:  # under weight_norm a zero weight is one of length 0
+        survivors = survivors & (length.detach() != 0)
+    yield w, survivors
 
 
 def all_zero(parameter: Tensor) -> bool:

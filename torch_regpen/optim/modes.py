@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..ops import foreach
-from ..ops.batches import TensorBatch
+from ..ops.batches import JointBatch, TensorBatch
 from ..ops.chunks import Slicer
 from ..ops.decay import decay_
 from ..ops.gradient import add_grad_, check_grad
@@ -65,7 +65,12 @@ class Coupled(Mode):
             if any(getattr(w, "grad_sample", None) is not None for w in batch.tensors):
                 raise ValueError(self._overwrites())
             if any(map(attrgetter("is_sparse"), batch.grads)):
-                name = next(terms[0].name for terms in batch.each if terms[0].tensor.grad.is_sparse)  # type: ignore[union-attr]
+                name = next(
+                    name
+                    for terms in batch.each
+                    for name, w in terms[0].named_parameters
+                    if w.grad is not None and w.grad.is_sparse
+                )
                 raise ValueError(
                     f"the gradient of {name!r} is sparse, and the penalty's is not: use mode='decoupled' or "
                     "mode='proximal', which act on all rows"
@@ -108,6 +113,11 @@ class Decoupled(Mode):
 
     def after_backward(self, active: list[TensorBatch], first: bool) -> None:
         for batch in active if first else []:
+            if isinstance(batch, JointBatch) and any(group["lr"] != batch.group["lr"] for group in batch.owners):
+                raise ValueError(
+                    f"the tensors of the units of {batch.terms[0].name!r} have different learning rates, by which the "
+                    "decoupled mode cannot shrink them together; use mode='proximal' or one learning rate"
+                )
             decay_(batch, batch.group["lr"])
 
 
@@ -130,6 +140,8 @@ class Proximal(Mode):
 
     def steps_of(self, batch: TensorBatch) -> list[Step]:
         """The optimizer's own step for each tensor, in its metric."""
+        if isinstance(batch, JointBatch):
+            return _steps_of_each(self.optimizer, batch, self.metric)
         steps = steps_of(self.optimizer, batch.tensors, batch.group, self.metric)
         if callable(self.metric):
             for terms, step in zip(batch.each, steps, strict=True):
@@ -146,7 +158,11 @@ class Proximal(Mode):
             batch: the tensors, which the update has moved.
             sample: for the terms of a tensor, what takes a part of it and of each tensor beside it.
         """
-        for terms, step in zip(batch.each, self.steps_of(batch), strict=True):
+        steps = self.steps_of(batch)
+        if isinstance(batch, JointBatch):
+            steps = [batch.step(steps)]
+            batch = batch.matrix()
+        for terms, step in zip(batch.each, steps, strict=True):
             take = sample(terms)
             yield sliced(terms, take), step.sliced(take).size
 
@@ -172,8 +188,11 @@ class Dual(Proximal):
         self, batch: TensorBatch, sample: Callable[[list[Term]], Slicer]
     ) -> Iterator[tuple[list[Term], float | Tensor]]:
         """See `Proximal`: the terms are at the latent weights, and the sum of all steps multiplies lambda."""
-        for terms, step in zip(batch.each, self.steps_of(batch), strict=True):
-            state = self._state_of(terms[0].tensor, step)
+        steps = self.steps_of(batch)
+        states = list(map(self._state_of, batch.tensors, steps))
+        if isinstance(batch, JointBatch):
+            batch, states, steps = dual_averaging.matrix(batch, states, steps)
+        for terms, state, step in zip(batch.each, states, steps, strict=True):
             take = sample(terms)
             some = sliced(terms, take)
             sums = take(state[dual_averaging.STEPS]) + dual_averaging.counted(some, step.sliced(take))
@@ -195,4 +214,14 @@ class Dual(Proximal):
         return state
 
 
-MODES: dict[str, type[Mode]] = {"coupled": Coupled, "decoupled": Decoupled, "dual": Dual, "proximal": Proximal}
+def _steps_of_each(optimizer: Optimizer, batch: JointBatch, metric: Metric) -> list[Step]:
+    """The steps of tensors that several param_groups may own."""
+    steps: dict[int, Step] = {}
+    for group in {id(owner): owner for owner in batch.owners}.values():
+        owned = [w for w, owner in zip(batch.tensors, batch.owners, strict=True) if owner is group]
+        steps.update(zip(map(id, owned), steps_of(optimizer, owned, group, metric), strict=True))
+    return [steps[id(w)] for w in batch.tensors]
+
+
+# In the order in which a step applies them.
+MODES: dict[str, type[Mode]] = {"coupled": Coupled, "decoupled": Decoupled, "proximal": Proximal, "dual": Dual}

@@ -1,8 +1,7 @@
-"""RegularizedOptimizer: any torch optimizer, with a penalty applied in its step, without autograd."""
+"""RegularizedOptimizer: any torch optimizer, with penalties applied in its step, without autograd."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -11,21 +10,24 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..ops.batches import TensorBatch, batches
+from ..ops.batches import JointBatch, TensorBatch
 from ..ops.chunks import Slicer
 from ..ops.prox import zero_lengths_
-from ..ops.terms import Term, by_tensor, sliced
+from ..ops.terms import Term, by_tensor, gathered, sliced
 from ..penalties.base import Penalty, Sum
 from ..penalties.selection import owned_ids
 from ..utils import warn
 from . import dual_averaging
+from .applied import AppliedPenalty
 from .delegation import WrappingOptimizer
 from .frozen_zeros import OWN, SURVIVORS, FrozenZeros
 from .hooks import hooked, updated
 from .modes import MODES, Proximal
-from .step_size import Metric, sets_its_own_step, unsupported_reason
+from .step_size import Metric
 
 __all__ = ["RegularizedOptimizer"]
+
+Active = list[tuple[AppliedPenalty, list[TensorBatch]]]  # each penalty with its parameters that have a gradient
 
 
 class RegularizedOptimizer(WrappingOptimizer):
@@ -52,16 +54,32 @@ class RegularizedOptimizer(WrappingOptimizer):
 
     Args:
         optimizer: any `torch.optim.Optimizer`, with its parameters.
-        penalty: a penalty, or a list of them, which is their sum.
-        mode: one of the above.
+        penalty: a penalty; a list of them, which is their sum; or a list of `(penalty, mode)` pairs, each of which the
+            same step applies in its own mode.
+        mode: one of the above, for each penalty without one of its own.
         metric: for `"proximal"` and `"dual"`: `"auto"` takes `s` from the optimizer's state, and `lr` for an optimizer
             that it does not know; `"euclidean"` takes `lr`; a callable `(optimizer, parameter, group)` returns `s`, a
             number or a tensor.
 
+    Attributes:
+        penalty: all penalties, as a sum where there are several.
+        zeroing_penalty: those in the proximal or the dual mode, which make zeros by a proximal map; else None.
+
     Raises:
         TypeError: not an optimizer, not a penalty.
-        ValueError: an unknown mode or metric; the optimizer does not own a penalized parameter; a penalty has no
-            gradient, or no prox in closed form, where the mode needs it.
+        ValueError: an unknown mode or metric; the same penalty twice; the optimizer does not own a penalized parameter;
+            a penalty has no gradient, or no prox in closed form, where the mode needs it.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch_regpen import L1, L2, RegularizedOptimizer
+        >>> model = nn.Linear(4, 2)
+        >>> adamw = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0)
+        >>> penalties = [(L2(model, 0.05), "decoupled"), (L1(model, 1e-4), "proximal")]  # AdamW with exact zeros
+        >>> optimizer = RegularizedOptimizer(adamw, penalties)
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
     """
 
     # GradScaler then unscales the gradients itself, and skips the step, instead of leaving both to a fused optimizer:
@@ -71,7 +89,7 @@ class RegularizedOptimizer(WrappingOptimizer):
     def __init__(
         self,
         optimizer: Optimizer,
-        penalty: Penalty | Iterable[Penalty],
+        penalty: Penalty | Iterable[Penalty | tuple[Penalty, str]],
         mode: str = "coupled",
         *,
         metric: Metric = "auto",
@@ -82,20 +100,19 @@ class RegularizedOptimizer(WrappingOptimizer):
             )
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, not {mode!r}")
         if not callable(metric) and metric not in ("auto", "euclidean"):
             raise ValueError(f"metric must be 'auto', 'euclidean' or a callable, not {metric!r}")
+        by_mode = _by_mode(penalty, mode)
         super().__init__(optimizer)
-        self.penalty = _as_penalty(penalty)
-        self.mode = mode
+        self.penalty = _sum([part for parts in by_mode.values() for part in parts])
+        self.mode = mode if len(by_mode) > 1 else next(iter(by_mode))
         self.metric = metric
         self._warned_in_loss = False
-        self._mode = MODES[mode](optimizer, metric)
+        self._applied = [AppliedPenalty(_sum(parts), name, optimizer, metric) for name, parts in by_mode.items()]
         self._zeros = FrozenZeros(optimizer)
-        self._known: list[Any] = []  # what `_batches` was made of
-        self._batches: list[TensorBatch] = []
-        self._check()
+        zeroing = [applied for applied in self._applied if applied.makes_zeros]
+        _check_overlap(zeroing)
+        self.zeroing_penalty = _sum([applied.penalty for applied in zeroing]) if zeroing else None
         for part in self.penalty.parts:
             part.seen["in_loss"] = False  # a loss that it was in before has nothing to do with this optimizer
 
@@ -106,7 +123,7 @@ class RegularizedOptimizer(WrappingOptimizer):
         Args:
             closure: reevaluates the model and returns the loss, for optimizers that want it.
         """
-        active: list[TensorBatch] = []
+        active: Active = []
         finish = partial(self._after_update, active)
         if closure is None:
             self._after_backward(active)
@@ -120,22 +137,26 @@ class RegularizedOptimizer(WrappingOptimizer):
     def freeze_zeros(self) -> None:
         """End the shrinking: exact zeros of the penalized parameters stay zero, and the penalty is off.
 
-        The weights that survive are then fitted without its bias (debiasing). Around a center, the elements at their
-        center stay there. The optimizer's state is zeroed with the weights; the gaps of the dual mode wait. A parameter
-        that is zero everywhere and was not stepped yet, such as a LoRA matrix before training, is left free. Called
-        again, it holds the zeros that have come since. It travels in `state_dict()`.
+        The weights that survive are then fitted without its bias (debiasing). Of several modes, the proximal and the
+        dual one end, and the others go on. Around a center, the elements at their center stay there. The optimizer's
+        state is zeroed with the weights; the gaps of the dual mode wait. A parameter that is zero everywhere and was
+        not stepped yet, such as a LoRA matrix before training, is left free. Called again, it holds the zeros that have
+        come since. It travels in `state_dict()`.
         """
         owned = owned_ids(self)
-        penalized = by_tensor(self.penalty.terms(frozen=True))
-        self._zeros.freeze(terms for terms in penalized if id(terms[0].tensor) in owned)
+        for applied in self._freezable():
+            for terms in by_tensor(applied.penalty.terms(frozen=True)):
+                if all(id(parameter) in owned for _, parameter in terms[0].named_parameters):
+                    self._zeros.freeze(terms)
+        self._zeros.start()
+
+    def unfreeze_zeros(self) -> None:
+        """Undo `freeze_zeros`: all weights may move, and the penalty is on."""
+        self._zeros.thaw()
 
     def reset_gaps(self) -> None:
         """Begin the average of the dual mode anew at the weights as they are; else the gaps go on, as momentum does."""
         dual_averaging.reset(list(self.state.values()))
-
-    def unfreeze_zeros(self) -> None:
-        """Slicer `freeze_zeros` back: all weights may move, and the penalty is on."""
-        self._zeros.thaw()
 
     @property
     def zeros_are_frozen(self) -> bool:
@@ -143,115 +164,89 @@ class RegularizedOptimizer(WrappingOptimizer):
         return self._zeros.on
 
     @property
-    def moves_by_prox(self) -> bool:
-        """Whether its mode makes zeros by a prox: the proximal and the dual one."""
-        return isinstance(self._mode, Proximal)
+    def averages(self) -> bool:
+        """Whether a penalty is in the dual mode."""
+        return any(applied.name == "dual" for applied in self._applied)
 
     def before_prox(
         self, sample: Callable[[list[Term]], Slicer] = lambda terms: lambda x: x
     ) -> Iterator[tuple[list[Term], float | Tensor | None]]:
-        """For whoever steers lambda: what the prox is about to see, in a hook after the wrapped optimizer's step.
+        """What the proximal map is about to see, for a hook between the update and the map that sets lambda.
 
         Args:
-            sample: for the terms of a parameter, what takes a part of it and of each tensor beside it.
+            sample: returns, for the terms of a tensor, what takes a part of it and of each tensor beside it.
 
         Yields:
-            The terms of each penalized parameter, which the update has moved already, and what will multiply lambda in
-            its prox; None where there will be none. Both are those of the sample.
+            The terms on the sample of each tensor that the map will move, and what will multiply lambda there; None
+            where a tensor has no gradient or its zeros are frozen.
         """
-        for owned in self._owned():
-            seen: dict[int, tuple[list[Term], float | Tensor]] = {}
-            active = None if self._zeros.on else owned.with_grads()
-            if active is not None and isinstance(self._mode, Proximal):
-                seen = dict(zip(map(id, active.tensors), self._mode.before_prox(active, sample), strict=True))
-            for terms, parameter in zip(owned.each, owned.tensors, strict=True):
-                yield seen[id(parameter)] if id(parameter) in seen else (sliced(terms, sample(terms)), None)
+        for applied in self._applied:
+            if not isinstance(applied.mode, Proximal):
+                continue
+            for batch in applied.batches():
+                active = None if self._zeros.on else batch.with_grads()
+                if active is not None:
+                    yield from applied.mode.before_prox(active, sample)
+                moved = set() if active is None else {id(terms) for terms in active.each}
+                for terms in batch.each:
+                    if id(terms) not in moved:
+                        terms = gathered(terms)
+                        yield sliced(terms, sample(terms)), None
 
-    def _regularized(self, closure: Callable[[], Any], active: list[TensorBatch]) -> Callable[[], Any]:
+    def _regularized(self, closure: Callable[[], Any], active: Active) -> Callable[[], Any]:
         first = True
 
         def regularized() -> Any:
             nonlocal first
             if not first:
                 with torch.no_grad():
-                    self._zeros.hold(active)
+                    self._zeros.hold(self._frozen(active))
             loss = closure()
             self._after_backward(active, first)
             first = False
             with torch.no_grad():
-                return loss if loss is None else loss + self._mode.added_to_loss(self._penalized(active))
+                if loss is not None:
+                    for applied, batches in self._shrinking(active):
+                        loss = loss + applied.mode.added_to_loss(batches)
+            return loss
 
         return regularized
 
     @torch.no_grad()
-    def _after_backward(self, active: list[TensorBatch], first: bool = True) -> None:
-        active[:] = [batch for owned in self._owned() if (batch := owned.with_grads()) is not None]
-        self._zeros.silence(active)
-        self._mode.after_backward(self._penalized(active), first)
+    def _after_backward(self, active: Active, first: bool = True) -> None:
+        active[:] = [
+            (applied, [batch for every in applied.batches() if (batch := every.with_grads()) is not None])
+            for applied in self._applied
+        ]
+        self._zeros.silence(self._frozen(active))
+        for applied, batches in self._shrinking(active):
+            applied.mode.after_backward(batches, first)
 
     @torch.no_grad()
-    def _after_update(self, active: list[TensorBatch]) -> None:
-        self._mode.after_update(self._penalized(active))
-        self._zeros.note(active)
-        self._zeros.hold(active)
-        for batch in active:
-            zero_lengths_(batch)
+    def _after_update(self, active: Active) -> None:
+        for applied, batches in self._shrinking(active):
+            applied.mode.after_update(batches)
+        self._zeros.note([batch for _, batches in active for batch in batches])
+        self._zeros.hold(self._frozen(active))
+        for _, batches in active:
+            for batch in batches:
+                zero_lengths_(batch)
 
-    def _penalized(self, active: list[TensorBatch]) -> list[TensorBatch]:
-        return [] if self._zeros.on else active
+    def _freezable(self) -> list[AppliedPenalty]:
+        """The penalties whose zeros `freeze_zeros` holds, and which it ends."""
+        return [applied for applied in self._applied if applied.makes_zeros] or self._applied
 
-    def _owned(self) -> list[TensorBatch]:
-        """The penalized parameters, in batches of one param_group each.
+    def _frozen(self, active: Active) -> list[TensorBatch]:
+        """The parameters whose zeros are held."""
+        if not self._zeros.on:
+            return []
+        return [batch for applied, batches in active if applied in self._freezable() for batch in batches]
 
-        Raises:
-            ValueError: the optimizer does not own one of them.
-        """
-        terms = self.penalty.terms()
-        known = [terms, *(x for group in self.param_groups for x in (group, *group["params"]))]
-        if len(known) == len(self._known) and all(map(operator.is_, known, self._known)):
-            return self._batches
-        owners = {id(tensor): group for group in self.param_groups for tensor in group["params"]}
-        foreign = dict.fromkeys(term.name for term in terms if id(term.tensor) not in owners)
-        if foreign:
-            raise ValueError(
-                f"the {type(self.optimizer).__name__} does not own these penalized parameters: {', '.join(foreign)}. "
-                "Give it penalty.restricted_to(optimizer), which is the same penalty on those that it owns"
-            )
-        self._known, self._batches = known, batches(terms, owners)
-        return self._batches
-
-    def _check(self) -> None:
-        name = type(self.optimizer).__name__
-        every = self._owned()
-        for batch in every:
-            self._mode.check(batch)
-            if self._mode.wants_lr and batch.group.get("lr") is None:
-                raise ValueError(
-                    f"the param_groups of {name} have no 'lr', which mode={self.mode!r} needs; use mode='coupled'"
-                )
-        decaying = [
-            terms[0].name
-            for batch in every
-            if batch.group.get("weight_decay")
-            for terms in batch.each
-            if any(term.quadratic for term in terms)
-        ]
-        if decaying:
-            warn(
-                f"{', '.join(decaying)}: penalized by an L2 here, and by the weight_decay of {name} too (AdamW's "
-                "default is 0.01): both are L2, and both shrink them. Set weight_decay=0 for them if that is not meant"
-            )
-        why = unsupported_reason(self.optimizer)
-        if self.moves_by_prox and self.metric == "auto" and why is not None:
-            warn(
-                f"{name} {why}: the step that it takes for a unit gradient is not known, and the prox takes its lr. "
-                "Pass metric='euclidean' to say that this is right, or a callable that returns the step"
-            )
-        if self.mode == "decoupled" and sets_its_own_step(self.optimizer):
-            warn(
-                f"{name} sets its own step size, which its lr is not: mode='decoupled' takes lr * lam, whatever that "
-                "step is. Use mode='coupled', or mode='proximal' with a callable metric that returns the step"
-            )
+    def _shrinking(self, active: Active) -> Active:
+        """The penalties that are on."""
+        if not self._zeros.on:
+            return active
+        return [(applied, batches) for applied, batches in active if applied not in self._freezable()]
 
     def _warn_if_in_loss(self) -> None:
         if self._warned_in_loss or not any(part.seen["in_loss"] for part in self.penalty.parts):
@@ -279,19 +274,51 @@ class RegularizedOptimizer(WrappingOptimizer):
                 if name in saved:
                     dtype = torch.bool if name == SURVIVORS else saved[name].dtype
                     self.state[tensor][name] = saved[name].to(tensor.device, dtype, copy=True)
-        dual_averaging.drop_others(list(self.state.values()), keep=self.mode == "dual")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_known": [], "_batches": []}  # a copy finds its parameters itself
+        dual_averaging.drop_others(list(self.state.values()), keep=self.averages)
 
     def __repr__(self) -> str:
-        return f"RegularizedOptimizer(mode={self.mode!r}\n{self.penalty!r}\n{self.optimizer!r})"
+        modes = ", ".join(repr(applied.name) for applied in self._applied)
+        return f"RegularizedOptimizer(mode={modes}\n{self.penalty!r}\n{self.optimizer!r})"
 
 
-def _as_penalty(penalty: Any) -> Penalty:
-    if isinstance(penalty, Penalty):
-        return penalty
-    parts = list(penalty) if isinstance(penalty, Iterable) else []
-    if not parts or not all(isinstance(part, Penalty) for part in parts):
+def _by_mode(penalty: Any, default: str) -> dict[str, list[Penalty]]:
+    """The penalties of each mode, in the order in which a step applies the modes."""
+    given = [penalty] if isinstance(penalty, Penalty) else list(penalty) if isinstance(penalty, Iterable) else []
+    found: dict[str, list[Penalty]] = {mode: [] for mode in MODES}
+    for entry in given:
+        part, mode = entry if isinstance(entry, tuple) and len(entry) == 2 else (entry, default)
+        if not isinstance(part, Penalty):
+            raise TypeError(
+                "penalty must be a Penalty, a list of them, or a list of (penalty, mode) pairs; given is "
+                f"{part if isinstance(part, str) else type(part).__name__}"
+            )
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, not {mode!r}")
+        found[mode].append(part)
+    parts = [leaf for penalties in found.values() for part in penalties for leaf in part.parts]
+    if not parts:
         raise TypeError(f"penalty must be a Penalty or a list of them, not {penalty!r}")
-    return parts[0] if len(parts) == 1 else Sum([leaf for part in parts for leaf in part.parts])
+    twice = next((part for i, part in enumerate(parts) if any(part is other for other in parts[:i])), None)
+    if twice is not None:
+        raise ValueError(f"the same penalty is given twice, and would count double: {twice!r}")
+    if default not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, not {default!r}")
+    return {mode: penalties for mode, penalties in found.items() if penalties}
+
+
+def _sum(penalties: list[Penalty]) -> Penalty:
+    return penalties[0] if len(penalties) == 1 else Sum(penalties)
+
+
+def _check_overlap(zeroing: list[AppliedPenalty]) -> None:
+    """Raise `ValueError` where two proximal maps would act on the same parameter, one after the other."""
+    seen: set[int] = set()
+    for batch in (batch for applied in zeroing for batch in applied.batches()):
+        names = [name for terms in batch.each for name, w in terms[0].named_parameters if id(w) in seen]
+        if names:
+            what = "units that span it and others" if isinstance(batch, JointBatch) else "another mode or grouping"
+            raise ValueError(
+                f"parameter {names[0]!r} is in two proximal maps, one over {what}, and the prox of their sum is not "
+                "known in closed form; use SparseGroupLasso, or another mode for one of them"
+            )
+        seen |= {id(w) for w in batch.tensors}

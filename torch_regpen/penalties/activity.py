@@ -110,7 +110,7 @@ class ActivityPenalty(nn.Module):
         return self.lam * total
 
     def remove(self) -> None:
-        """Slicer the hooks off the model."""
+        """Take the hooks off the model."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -23,7 +23,7 @@ from ..ops.gradient import add_grad_, add_grad_and_value_, check_grad
 from ..ops.prox import check_prox, prox_, zero_lengths_
 from ..ops.step import Step
 from ..ops.subdifferential import distance
-from ..ops.terms import Term, by_tensor
+from ..ops.terms import Term, by_tensor, gathered
 from ..ops.value import check_differentiated, sum_values, total_value
 from ..ops.zero_groups import zero_groups
 from .cache import TermCache
@@ -190,11 +190,13 @@ class Penalty(PenalizedParameters):
         Call it after `loss.backward()` of the plain loss: it is 0 at a stationary point of loss + penalty, in units of
         the gradient. Parameters without `.grad` are passed over.
         """
-        distances = [
-            (distance(terms, terms[0].tensor.grad), terms[0].tensor)
-            for terms in by_tensor(self.terms())
-            if terms[0].tensor.grad is not None and terms[0].tensor.numel()
-        ]
+        distances = []
+        for terms in by_tensor(self.terms()):
+            parameters = [parameter for _, parameter in terms[0].named_parameters]
+            grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            if len(grads) == len(parameters) and terms[0].tensor.numel():
+                grad = grads[0] if terms[0].joint is None else terms[0].joint.gather(grads)
+                distances.append((distance(gathered(terms), grad), parameters[0]))
         return max_over_ranks(distances) if distances else torch.zeros((), dtype=torch.float32)
 
     @torch.no_grad()
@@ -203,7 +205,7 @@ class Penalty(PenalizedParameters):
 
         Frozen parameters are left out, unless all are. The value stays on the device.
         """
-        tensors = [terms[0] for terms in by_tensor(self.terms() or self.terms(frozen=True))]
+        tensors = [gathered(terms)[0] for terms in by_tensor(self.terms() or self.terms(frozen=True))]
         elements = sum(term.tensor.numel() for term in tensors)
         zeros = [full_tensor((term.offset(term.tensor) == 0).sum()) for term in tensors]
         return torch.stack([count.to(zeros[0].device) for count in zeros]).sum().float() / max(elements, 1)
@@ -218,6 +220,7 @@ class Penalty(PenalizedParameters):
         found: dict[str, list[int]] = {}
         for term in self.terms() or self.terms(frozen=True):
             if not isinstance(term.grouping, Elements):
+                (term,) = gathered([term])
                 zero = zero_groups(term.offset(term.tensor), term.grouping)
                 found[term.name] = zero.nonzero().flatten().tolist()
         return found

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.fsdp import unsharded_to_sharded
-from ..groups import Grouping, Groups, Heads
+from ..groups import Coupled, Grouping, Groups, Heads, Slices
 from ..ops.batches import TensorBatch, batches
 from ..ops.terms import Term, by_tensor
+from ..utils import warn
 from .cache import TermCache
 from .centers import center_sums, checked_center, checked_weights, entries_by_parameter, stored_for
+from .joint import CoupledUnits, joint_of
 from .lookup import ParameterRef
 from .param_groups import ParamGroup, as_param_groups, checked_lam
 from .rules import Params, Select
-from .selection import Selection
+from .selection import Selection, owned_ids
 from .units import grouping_of
 
 __all__ = ["PenalizedParameters"]
@@ -56,9 +58,14 @@ class PenalizedParameters(nn.Module):
             self.param_groups.append(ParamGroup(group, lam=group.get("lam", default)))
             chosen = group.get("select", select), group.get("exclude", exclude)
             self._selections.append(Selection(group["params"], *chosen, default=meant))
+        self._units = None if not isinstance(groups, Coupled) else CoupledUnits(groups)
+        if self._units is not None and (center is not None or weights is not None):
+            raise ValueError("groups that span tensors take no center and no weights")
         self._centered = False
         self._cache = TermCache()
         self.terms(frozen=True)  # raises where a parameter cannot be penalized like this
+        if isinstance(groups, Coupled):
+            _warn_about_part_of_a_unit(groups)
         if center is not None:
             self._take_center(center)
         if weights is not None:
@@ -118,7 +125,7 @@ class PenalizedParameters(nn.Module):
     def named_parameters_penalized(self) -> Iterator[tuple[str, Tensor]]:
         """Yields `(name, parameter)` of each parameter that is penalized now: shared ones once, frozen ones not."""
         for terms in by_tensor(self.terms()):
-            yield terms[0].name, terms[0].tensor
+            yield from terms[0].named_parameters
 
     def restricted_to(self: Self, optimizer: torch.optim.Optimizer) -> Self:
         """The same penalty, lambda shared, on those of its parameters that `optimizer` owns.
@@ -172,7 +179,13 @@ class PenalizedParameters(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _refs(self) -> list[ParameterRef]:
-        return [ref for selection in self._selections for ref in selection.refs]
+        return [ref for selection in self._selections for ref in self._refs_of(selection)]
+
+    def _refs_of(self, selection: Selection) -> list[ParameterRef]:
+        if self._units is None:
+            return selection.refs
+        found = [ref for _, refs in self._units.selected(selection.refs, selection.every) for ref in refs]
+        return list(dict.fromkeys(found))
 
     def _cache_key(self) -> list[Any]:
         attributes = (value for name, value in vars(self).items() if name != "_cache")
@@ -192,6 +205,8 @@ class PenalizedParameters(nn.Module):
         return shallow
 
     def _find_terms(self, penalty: Any, frozen: bool) -> list[Term]:
+        if self._units is not None:
+            return self._joint_terms(penalty, self._units, frozen)
         seen: dict[int, int] = {}  # the id of each parameter, and the index of its group
         found = []
         sharded = unsharded_to_sharded()
@@ -210,6 +225,26 @@ class PenalizedParameters(nn.Module):
                         continue
                     seen[id(tensor)] = index
                     found += self._terms_of(penalty, ref, name, tensor, group)
+        return found
+
+    def _joint_terms(self, penalty: Any, units: CoupledUnits, frozen: bool) -> list[Term]:
+        """The terms of the units of a model, each set of units on one matrix."""
+        grouping = Slices(0, scale=self.scale and self.groups.scale)  # type: ignore[union-attr]
+        found = []
+        for group, selection in zip(self.param_groups, self._selections, strict=True):
+            owned = None if selection.optimizer is None else owned_ids(selection.optimizer)
+            for unit_set, refs in units.selected(selection.refs, selection.every):
+                joint = joint_of(unit_set, refs)
+                if not frozen and not all(parameter.requires_grad for parameter in joint.parameters):
+                    continue
+                if owned is not None and not owned.issuperset(map(id, joint.parameters)):
+                    continue
+                for part, factor in self.factors(grouping):
+                    found.append(Term(unit_set.name, joint.placeholder, penalty, part, group, factor, joint=joint))
+        if not found and frozen and not any(selection.optimizer for selection in self._selections):
+            raise ValueError(
+                f"no unit of {type(self.groups.model).__name__} can leave, and nothing is penalized: {self.groups.left}"  # type: ignore[union-attr]
+            )
         return found
 
     def _terms_of(
@@ -247,3 +282,9 @@ class PenalizedParameters(nn.Module):
         except ValueError as error:
             raise ValueError(f"parameter {name!r}: {error}") from None
         return grouping
+
+
+def _warn_about_part_of_a_unit(coupled: Coupled) -> None:
+    partly = [f"{name}: {reason}" for name, reason in coupled.left.items() if reason.endswith("select leaves out")]
+    if partly:
+        warn(f"these units are not penalized, because only a part of their weights is selected: {'; '.join(partly)}")

@@ -54,6 +54,11 @@ class Selection:
         if self.exclude is not None and not self._excluded():
             warn(f"exclude={exclude!r} matches none of the parameters of {type(params).__name__}")
 
+    @property
+    def every(self) -> list[ParameterRef]:
+        """Where all parameters of the model are, selected or not; of tensors, the refs themselves."""
+        return self.refs if self.root is None else self._every
+
     def refresh(self) -> None:
         """Look again where modules were added, replaced or taken away, or lazy parameters have got a shape.
 

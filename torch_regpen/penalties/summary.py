@@ -8,7 +8,7 @@ import torch
 
 from ..groups.grouping import Elements
 from ..ops.sharded import ShardedTerms
-from ..ops.terms import Term
+from ..ops.terms import Term, gathered
 from ..ops.zero_groups import zero_groups
 from ..utils import format_table
 
@@ -19,13 +19,16 @@ HEADER = ("parameter", "penalty", "shape", "lam", "value", "zeros", "zero groups
 
 def summary_table(terms: list[Term]) -> str:
     """A row for each term, and one for all; the numbers of all rows come from the device at once."""
-    counts, sizes = [], []
+    counts: list[torch.Tensor] = []
+    sizes: list[int] = []
     for term in terms:
-        (whole,) = ShardedTerms([term], whole=True).terms
+        (whole,) = ShardedTerms(gathered([term]), whole=True).terms
         offset = whole.offset(whole.tensor)
         zero = zero_groups(offset, whole.grouping)
         numbers = [whole.value(whole.tensor), (offset == 0).sum(), zero.sum()]
-        counts.append(torch.stack([number.double() for number in numbers]).to(terms[0].tensor.device))
+        counts.append(
+            torch.stack([number.double() for number in numbers]).to(counts[0].device if counts else whole.tensor.device)
+        )
         sizes.append(0 if isinstance(term.grouping, Elements) else zero.numel())
     unknown = [[math.nan] * 3] * len(counts)  # on the meta device
     found = unknown if not counts or counts[0].is_meta else torch.stack(counts).tolist()

@@ -1,0 +1,116 @@
+"""A penalty and the mode in which the step of an optimizer applies it."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch.optim import Optimizer
+
+from ..ops.batches import TensorBatch, batches
+from ..penalties.base import Penalty
+from ..utils import warn
+from .modes import MODES, Proximal
+from .step_size import Metric, differs_by_coordinate, sets_its_own_step, unsupported_reason
+
+__all__ = ["AppliedPenalty"]
+
+
+class AppliedPenalty:
+    """A penalty, the mode that applies it, and its parameters in the param_groups of the optimizer.
+
+    Args:
+        penalty: the penalty.
+        mode: the name of the mode.
+        optimizer: the wrapped optimizer.
+        metric: see `RegularizedOptimizer`.
+
+    Raises:
+        ValueError: the optimizer does not own one of the parameters; the mode needs what a penalty or the optimizer
+            does not have.
+    """
+
+    def __init__(self, penalty: Penalty, mode: str, optimizer: Optimizer, metric: Metric) -> None:
+        self.penalty = penalty
+        self.name = mode
+        self.mode = MODES[mode](optimizer, metric)
+        self._optimizer = optimizer
+        self._known: list[Any] = []  # what the batches were made of
+        self._batches: list[TensorBatch] = []
+        for batch in self.batches():
+            self.mode.check(batch)
+            if self.mode.wants_lr and batch.group.get("lr") is None:
+                raise ValueError(
+                    f"the param_groups of {type(optimizer).__name__} have no 'lr', which mode={mode!r} needs; use "
+                    "mode='coupled'"
+                )
+        self._warn_about_decay()
+        self._warn_about_steps(metric)
+
+    @property
+    def makes_zeros(self) -> bool:
+        """Whether the mode makes zeros by a proximal map."""
+        return isinstance(self.mode, Proximal)
+
+    def batches(self) -> list[TensorBatch]:
+        """The penalized parameters, in batches of one param_group each.
+
+        Raises:
+            ValueError: the optimizer does not own one of them.
+        """
+        terms = self.penalty.terms()
+        known = [terms, *(x for group in self._optimizer.param_groups for x in (group, *group["params"]))]
+        if len(known) == len(self._known) and all(map(operator.is_, known, self._known)):
+            return self._batches
+        owners = {id(tensor): group for group in self._optimizer.param_groups for tensor in group["params"]}
+        foreign = dict.fromkeys(
+            name for term in terms for name, parameter in term.named_parameters if id(parameter) not in owners
+        )
+        if foreign:
+            raise ValueError(
+                f"the {type(self._optimizer).__name__} does not own these penalized parameters: {', '.join(foreign)}. "
+                "Give it penalty.restricted_to(optimizer), which is the same penalty on those that it owns"
+            )
+        self._known, self._batches = known, batches(terms, owners)
+        return self._batches
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known": [], "_batches": []}  # a copy finds its parameters itself
+
+    def _warn_about_decay(self) -> None:
+        decaying = [
+            terms[0].name
+            for batch in self.batches()
+            if batch.group.get("weight_decay")
+            for terms in batch.each
+            if any(term.quadratic for term in terms)
+        ]
+        if decaying:
+            warn(
+                f"{', '.join(decaying)}: penalized by an L2 here, and by the weight_decay of "
+                f"{type(self._optimizer).__name__} too (AdamW's default is 0.01): both are L2, and both shrink them. "
+                "Set weight_decay=0 for them if that is not meant"
+            )
+
+    def _warn_about_steps(self, metric: Metric) -> None:
+        name = type(self._optimizer).__name__
+        reason = unsupported_reason(self._optimizer)
+        if self.makes_zeros and metric == "auto" and reason is not None:
+            warn(
+                f"{name} {reason}: the step that it takes for a unit gradient is not known, and the prox takes its lr. "
+                "Pass metric='euclidean' to say that this is right, or a callable that returns the step"
+            )
+        if self.name == "decoupled" and sets_its_own_step(self._optimizer):
+            warn(
+                f"{name} sets its own step size, which its lr is not: mode='decoupled' takes lr * lam, whatever that "
+                "step is. Use mode='coupled', or mode='proximal' with a callable metric that returns the step"
+            )
+        if self.makes_zeros and differs_by_coordinate(self._optimizer, metric):
+            terms = self.penalty.terms()
+            squares = [term for term in terms if term.quadratic and not term.linear]
+            if squares and len(squares) < len(terms):
+                warn(
+                    f"L2 in mode={self.name!r} is the L2 of the loss, in the metric of {name}, and not the decay of "
+                    "AdamW, which is much weaker at the same lambda. For that decay, give the L2 a mode of its own: "
+                    "[(L2(model, lam), 'decoupled'), ...]"
+                )

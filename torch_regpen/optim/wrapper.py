@@ -292,7 +292,7 @@ def _by_mode(penalty: Any, default: str) -> dict[str, list[Penalty]]:
                 "penalty must be a Penalty, a list of them, or a list of (penalty, mode) pairs; given is "
                 f"{part if isinstance(part, str) else type(part).__name__}"
             )
-        if mode not in MODES:
+        if not isinstance(mode, str) or mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, not {mode!r}")
         found[mode].append(part)
     parts = [leaf for penalties in found.values() for part in penalties for leaf in part.parts]

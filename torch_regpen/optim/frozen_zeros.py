@@ -57,6 +57,7 @@ class FrozenZeros:
         self._early = _by_tensor()
         self._stepped = _by_tensor()
         self._noted: list[list[Tensor]] = []
+        self._compiled = False  # whether a compiled step ran, which cannot note what it has stepped
 
     @property
     def on(self) -> bool:
@@ -119,6 +120,7 @@ class FrozenZeros:
     def note(self, active: list[TensorBatch]) -> None:
         """Remember which parameters have been in a step, and put the masks that wait for it into their states."""
         if torch.compiler.is_compiling():
+            self._compiled = True
             return
         now = [batch.tensors for batch in active]
         if len(now) != len(self._noted) or not all(map(operator.is_, now, self._noted)) or self._early:
@@ -136,7 +138,7 @@ class FrozenZeros:
 
     def _was_stepped(self, w: Tensor) -> bool:
         state = self._optimizer.state.get(w, {})
-        return w in self._stepped or bool(state.get("step", bool(state)))
+        return self._compiled or w in self._stepped or bool(state.get("step", bool(state)))
 
     def _survivors(self, w: Tensor) -> Tensor | None:
         state = self._optimizer.state.get(w, {})

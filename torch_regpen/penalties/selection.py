@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ class Selection:
         """
         if self.root is None or torch.compiler.is_compiling():
             return
-        if any(ref.judged is None for ref in self.refs):
+        if None in map(attrgetter("judged"), self.refs):
             self._judge()
         if self._structure.holds():
             return

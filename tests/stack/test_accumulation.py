@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from helpers.nets import assert_same, data, network
 from torch import nn
-from training import assert_same, data, network
 
 from torch_regpen import L1, GroupLasso, RegularizedOptimizer
 

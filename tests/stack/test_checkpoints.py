@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from helpers.nets import assert_same, data
+from helpers.optimizers import MODES
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -10,7 +12,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from training import assert_same, data
 
 from torch_regpen import L1, L2, RegularizedOptimizer
 from torch_regpen.schedules import LinearRamp, TargetSparsity
@@ -18,7 +19,6 @@ from torch_regpen.schedules import LinearRamp, TargetSparsity
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 LAM = 0.02
-MODES = ("coupled", "decoupled", "proximal", "dual")
 
 
 class Network(nn.Module):

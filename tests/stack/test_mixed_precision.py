@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from helpers.nets import assert_same, data, network
 from torch import nn
 from torch.utils._pytree import tree_leaves
-from training import assert_same, data, network
 
 from torch_regpen import L1, GroupLasso, RegularizedOptimizer
 

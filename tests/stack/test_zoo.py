@@ -6,17 +6,15 @@ from functools import partial
 
 import pytest
 import torch
+from helpers.nets import assert_same, closure_on, data, network
+from helpers.optimizers import MODES, modes
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from training import assert_same, closure_on, data, network
 
 from torch_regpen import L1, L2, GroupLasso, RegularizedOptimizer
 
 LAM = 0.05
 RHO = 0.05
-MODES = ("coupled", "decoupled", "proximal", "dual")
-
-modes = pytest.mark.parametrize("mode", MODES)
 
 
 def penalty_on(model):

@@ -167,7 +167,7 @@ def test_the_interval_is_that_of_a_paired_t_test():
         assert mean == pytest.approx((low + high) / 2)
 
 
-def test_the_table_shows_means_deviations_and_the_interval_at_the_chosen_lambda():
+def test_the_table_shows_mean_deviation_and_interval_at_the_chosen_lambda():
     pytest.importorskip("scipy")
 
     def trials(method, lam, tests):
@@ -192,7 +192,7 @@ def test_the_file_has_a_row_for_each_trial(tmp_path):
         assert float(row["zeros"]) == trial.zeros
 
 
-def test_tensorboard_has_the_weights_of_the_chosen_and_hyperparameters_of_all(tmp_path):
+def test_tensorboard_has_weights_of_the_chosen_and_settings_of_all(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams import metadata

@@ -81,7 +81,7 @@ def test_exact_zeros_have_a_bin_of_their_own(board, small):
     assert board.scalar("sparsity/w") == pytest.approx(3 / 7)
 
 
-def test_sparsity_is_the_fraction_of_exact_zeros_in_each_parameter_and_in_all(board):
+def test_sparsity_is_the_share_of_exact_zeros_in_each_parameter_and_all(board):
     log(board, holding(a=[0.0, -0.0, 1.0, 1e-30], b=[[0.0, 2.0], [3.0, 4.0], [5.0, 6.0]], c=[7.0]))
     assert board.scalar("sparsity/a") == 0.5
     assert board.scalar("sparsity/b") == pytest.approx(1 / 6)

@@ -121,7 +121,7 @@ def test_a_loss_or_distance_that_is_none_is_refused(board, name):
         WeightLogger(board.writer, nn.Linear(2, 2)).step(**{name: 1.0})
 
 
-def test_the_distance_to_a_stationary_point_is_shown_as_it_was_at_the_gradient(board):
+def test_the_distance_to_stationarity_is_shown_as_of_the_gradient(board):
     w = torch.ones(3, requires_grad=True)
     penalty = L1([w], 0.1)
     optimizer = torch.optim.SGD([w], lr=0.5)

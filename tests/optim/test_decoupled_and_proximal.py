@@ -33,7 +33,7 @@ def subgradients(model, formula):
 
 @optimizers
 @kinds
-def test_decoupled_subtracts_lr_times_the_subgradient_then_steps_on_the_plain_gradient(device, kind, make):
+def test_decoupled_subtracts_lr_times_the_subgradient_then_steps(device, kind, make):
     penalty, formula = FORMULAS[kind]
     theirs, ours = (with_zeros(network(device, torch.float64)) for _ in range(2))
     plain, optimizer = make(theirs), RegularizedOptimizer(make(ours), penalty(ours), "decoupled")
@@ -72,7 +72,7 @@ def test_decoupled_stops_at_zero_instead_of_crossing_it(device, kind, dtype, sca
     assert (after == 0).sum() > (before == 0).sum()
 
 
-def test_decoupled_keeps_the_direction_of_groups_and_stops_whole_groups_at_zero(device):
+def test_decoupled_keeps_directions_and_stops_whole_groups_at_zero(device):
     model = nn.Linear(4, 3, bias=False).to(device)
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[3.0, -4.0, 0.0, 12.0], [0.3, -0.4, 0.0, 1.2], [0.0] * 4]))

@@ -76,7 +76,7 @@ def test_a_decoupled_decay_acts_on_the_visible_weights():
     np.testing.assert_allclose(ends["dual"], ends["proximal"], atol=5e-3)
 
 
-def test_adafactor_at_its_default_lr_comes_to_the_solution_of_the_proximal_mode():
+def test_adafactor_at_its_default_lr_finds_the_proximal_solution():
     ends = {}
     for mode in ("proximal", "dual"):
         problem = diabetes()
@@ -149,7 +149,7 @@ def test_inputs_that_are_always_zero_have_zero_weights_in_the_end(make):
     assert (model.weight[:, :3].diagonal() != 0).all()
 
 
-def test_the_bias_correction_of_adam_is_in_double_precision_for_such_weights():
+def test_the_bias_correction_of_adam_is_in_double_precision():
     w = torch.ones(3, dtype=torch.float64, requires_grad=True)
     inner = optim.Adam([w], lr=0.01, betas=(0.0, 0.9999), eps=0.0)
     optimizer = RegularizedOptimizer(inner, L1([w], 0.1), "proximal")

@@ -216,7 +216,7 @@ def test_biases_and_a_group_that_comes_later_are_free():
     assert (model[2].weight != 0).all()
 
 
-def test_an_exponential_average_has_no_zeros_until_they_are_frozen_and_it_starts_again():
+def test_an_average_that_starts_again_after_freezing_has_the_zeros():
     """What README says to do with averaged models."""
     model = network()
     optimizer = wrapped_quietly(model, lambda p: optim.SGD(p, lr=0.1), lam=0.05)

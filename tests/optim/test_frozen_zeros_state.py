@@ -75,7 +75,7 @@ def test_copies_taken_after_freezing_hold_the_same_zeros(way, before):
     assert torch.equal(model[2].weight == 0, zero)
 
 
-def test_the_optimizer_finds_its_state_empty_though_zeros_were_frozen_before_its_first_step():
+def test_zeros_frozen_before_the_first_step_leave_the_state_empty():
     model, bare = made_sparse(network()), made_sparse(network())
     optimizer = wrapped_quietly(model, lambda p: optim.Adam(p, lr=0.01))
     optimizer.freeze_zeros()
@@ -199,7 +199,7 @@ def test_whoever_steers_lambda_hears_that_zeros_are_frozen(mode):
     assert all(multiplier is not None for _, multiplier in optimizer.before_prox())
 
 
-def test_zeros_of_the_dual_mode_are_zeros_still_when_the_penalty_is_on_again():
+def test_frozen_zeros_of_the_dual_mode_hold_when_the_penalty_is_on_again():
     model = network()
     optimizer = wrapped_quietly(model, lambda p: optim.SGD(p, lr=0.1), "dual", lam=0.1)
     train_on_batches(model, optimizer, 30)

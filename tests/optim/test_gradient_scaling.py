@@ -56,7 +56,7 @@ def test_the_scale_of_the_loss_never_reaches_the_penalty(device, mode, make, cli
         assert_same(large, plain)
 
 
-def test_unscale_then_clip_is_clipping_without_a_scaler_and_leaves_the_penalty_unclipped(device):
+def test_unscale_then_clip_clips_the_loss_and_not_the_penalty(device):
     """Without a loss, a clipped step is lr * lam on each weight, whatever the clip."""
     model, expected = network(device), network(device)
     train_scaled(model, wrapped_sgd(model), 65536.0, clip=0.05)
@@ -99,7 +99,7 @@ def test_a_first_step_that_is_skipped_leaves_no_nan_behind(device, mode, make):
 
 
 @pytest.mark.parametrize("mode", ["proximal", "dual"])
-def test_a_fused_optimizer_that_skips_its_first_step_itself_leaves_no_nan_behind(device, mode):
+def test_a_fused_optimizer_that_skips_its_first_step_leaves_no_nan(device, mode):
     model = network(device)
     optimizer = wrapped_adam(model, mode, fused=True)
     optimizer.optimizer.found_inf = torch.ones((), device=device)  # as a scaler tells it

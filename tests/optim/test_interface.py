@@ -117,7 +117,7 @@ def test_training_goes_on_from_a_checkpoint_as_if_nothing_had_been(device, mode,
     assert_same(resumed, through)
 
 
-def test_a_checkpoint_of_the_bare_optimizer_loads_into_the_wrapper_and_back(device):
+def test_a_checkpoint_of_the_bare_optimizer_loads_in_the_wrapper_and_back(device):
     """A penalty of lambda 0 in between makes no difference at all."""
     through, changing = network(device), network(device)
     plain = torch.optim.Adam(through.parameters(), lr=0.01)

@@ -80,7 +80,7 @@ def test_that_of_asgd_falls_with_the_steps():
     torch.testing.assert_close((1 - w.detach() / before) / 0.5, torch.tensor([own_step(optimizer, w).size]).double())
 
 
-def test_the_centered_rmsprop_comes_to_rest_though_its_step_grows_without_bound():
+def test_centered_rmsprop_comes_to_rest_though_its_step_is_unbounded():
     """Where the gradient becomes constant its variance goes to 0, and the step for a unit gradient to `lr/eps`."""
     w = torch.ones(3, requires_grad=True)
     optimizer = optim.RMSprop([w], lr=1e-3, centered=True)
@@ -152,7 +152,7 @@ def test_a_callable_is_asked_for_the_step_after_each_update(mode):
 
 
 @pytest.mark.parametrize("kind", [NuclearNorm, lambda p, lam: MCP(p, lam, groups="output")])
-def test_a_callable_with_a_step_for_each_coordinate_is_refused_where_the_prox_is_not_known(kind):
+def test_a_callable_step_by_coordinate_without_a_known_prox_is_refused(kind):
     w = nn.Parameter(torch.ones(3, 3))
     optimizer = RegularizedOptimizer(optim.SGD([w], lr=0.1), kind([w], 0.1), "proximal", metric=lambda _, p, g: p.abs())
     w.grad = torch.ones(3, 3)

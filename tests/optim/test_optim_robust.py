@@ -32,7 +32,7 @@ def fails(kind):
 @modes
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["closure", "pre-hook", "inner pre-hook", "wrapped step"])
-def test_what_raises_before_the_update_leaves_the_weights_and_the_next_step_right(mode, where, kind, monkeypatch):
+def test_an_error_before_the_update_leaves_weights_and_next_step_right(mode, where, kind, monkeypatch):
     model, expected = network(), network()
     optimizer, other = wrapped(model, mode), wrapped(expected, mode)
     train(model, optimizer, 20)
@@ -190,7 +190,7 @@ def test_l1_beside_a_weight_decay_is_an_elastic_net_and_warns_not(mode, kind):
 
 @pytest.mark.parametrize("mode", ["proximal", "dual"])
 @pytest.mark.parametrize("metric", ["auto", "euclidean"])
-def test_a_line_search_is_refused_where_the_penalty_is_not_in_what_it_descends(mode, metric):
+def test_a_line_search_is_refused_on_a_loss_without_the_penalty(mode, metric):
     model = network()
     inner = optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe")
     with pytest.raises(ValueError, match=r"line search of LBFGS.*mode='coupled'"):

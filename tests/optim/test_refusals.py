@@ -123,7 +123,7 @@ def test_an_optimizer_that_is_not_known_warns_once_and_takes_lr(device):
         ("decoupled", "auto"),
     ],
 )
-def test_an_optimizer_that_is_not_known_does_not_warn_where_its_step_is_not_needed(mode, metric):
+def test_an_unknown_optimizer_does_not_warn_where_its_step_is_not_needed(mode, metric):
     model = network()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -201,7 +201,7 @@ def test_looking_at_the_value_of_the_penalty_does_not_warn(mode):
         train(model, optimizer, steps=2, extra=lambda: penalty().detach())
 
 
-def test_a_penalty_that_was_in_the_loss_before_the_optimizer_took_it_does_not_warn():
+def test_a_penalty_in_the_loss_before_the_optimizer_took_it_warns_not():
     model = network()
     penalty = L1(model, 0.1)
     train(model, sgd(model), steps=2, extra=penalty)

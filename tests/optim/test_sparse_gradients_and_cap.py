@@ -25,7 +25,7 @@ kinds = pytest.mark.parametrize("kind", FORMULAS)
 
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.SparseAdam, torch.optim.Adagrad])
-def test_coupled_with_sparse_gradients_names_the_parameter_and_the_modes_that_work(device, make):
+def test_coupled_with_sparse_gradients_names_parameter_and_way_out(device, make):
     model = nn.ModuleDict({"tokens": embedding(device)})
     optimizer = RegularizedOptimizer(make(model.parameters(), lr=0.1), L1(model, 0.1))
     before = copy.deepcopy(model)
@@ -36,7 +36,7 @@ def test_coupled_with_sparse_gradients_names_the_parameter_and_the_modes_that_wo
 
 @kinds
 @pytest.mark.parametrize("mode", ["decoupled", "proximal"])
-def test_with_sparse_gradients_the_penalty_acts_on_all_rows_as_with_dense_ones(device, mode, kind):
+def test_with_sparse_gradients_the_penalty_acts_on_all_rows(device, mode, kind):
     sparse, dense = embedding(device), embedding(device, sparse=False)
     for model in (sparse, dense):
         optimizer = RegularizedOptimizer(sgd(model), FORMULAS[kind][0](model), mode)
@@ -95,7 +95,7 @@ def test_a_group_that_never_occurs_is_not_wiped_out_in_one_step_under_adam(devic
 
 
 @pytest.mark.parametrize("kind", ["GroupLasso", "L1+GroupLasso", "list"])
-def test_no_norm_of_a_group_shrinks_by_more_than_ten_times_lr_times_the_root_of_its_size(device, kind):
+def test_no_group_norm_shrinks_by_more_than_ten_lr_times_root_size(device, kind):
     """Not even by all the penalties on it together."""
     model = embedding(device, sparse=False)
     before = model.weight.detach().clone()

@@ -172,7 +172,7 @@ def test_decoupled_l2_under_sgd_is_sgdw(device, momentum):
     assert_same(ours, theirs)
 
 
-def test_decoupled_l2_follows_the_schedule_of_the_learning_rate_as_adamw_does(device):
+def test_decoupled_l2_follows_the_learning_rate_as_adamw_does(device):
     theirs, ours = network(device), network(device)
     adamw = torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=2 * LAM)
     wrapped = RegularizedOptimizer(
@@ -230,7 +230,7 @@ def test_lambda_zero_is_bit_for_bit_the_bare_optimizer(device, name, mode):
 
 @pytest.mark.parametrize("mode", DIRECT)
 @pytest.mark.parametrize("name", [name for name in bare_cases() if name not in ("LBFGS", "SparseAdam")])
-def test_parameters_outside_the_penalty_are_bit_for_bit_those_of_the_bare_optimizer(device, name, mode):
+def test_parameters_outside_the_penalty_are_those_of_the_bare_optimizer(device, name, mode):
     bare, wrapped = network(device), network(device)
     plain, inner = make(name, bare), make(name, wrapped)
     with warnings.catch_warnings():

@@ -139,7 +139,7 @@ def test_it_owns_no_parameter(kind):
     assert list(BASIC[kind](network(), LAM).children()) == []
 
 
-def test_named_parameters_penalized_yields_names_and_the_parameters_themselves():
+def test_named_parameters_penalized_yields_names_and_parameters():
     model = network()
     pairs = dict(L1(model, LAM).named_parameters_penalized())
     assert pairs.keys() == {"0.weight", "2.weight"}

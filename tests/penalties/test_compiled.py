@@ -86,7 +86,7 @@ def test_compiled_torch_func(compiled):
     torch.testing.assert_close(compiled(torch.func.grad(loss))(parameters), torch.func.grad(loss)(parameters))
 
 
-def test_a_loss_that_holds_the_penalty_is_noticed_by_the_optimizer_compiled_or_not(compiled):
+def test_the_penalty_in_a_compiled_loss_is_noticed_by_the_optimizer(compiled):
     model = nn.Linear(3, 2)
     penalty = L1(model, LAM)
     for loss in (lambda: model.weight.sum() + penalty(), compiled(lambda: model.weight.sum() + penalty())):

@@ -92,7 +92,7 @@ def test_convex_prox_is_firmly_nonexpansive(kind, name):
 
 
 @pytest.mark.parametrize("name", GROUPED)
-def test_moreau_what_the_group_lasso_takes_away_is_the_projection_on_its_dual_ball(name):
+def test_moreau_the_group_lasso_takes_the_projection_on_its_dual_ball(name):
     w, t = torch.randn(4, 6, dtype=torch.float64), 0.4
     taken = w - F.group_lasso_prox(w, t, GROUPS[name])
     for part, off in zip(members(w, GROUPS[name]), members(taken, GROUPS[name]), strict=True):
@@ -101,7 +101,7 @@ def test_moreau_what_the_group_lasso_takes_away_is_the_projection_on_its_dual_ba
         torch.testing.assert_close(off, expected)
 
 
-def test_moreau_what_the_nuclear_norm_takes_away_is_the_projection_on_the_spectral_ball():
+def test_moreau_the_nuclear_norm_takes_the_spectral_projection():
     w, t = torch.randn(4, 6, dtype=torch.float64), 0.8
     left, values, right = torch.linalg.svd(w, full_matrices=False)
     torch.testing.assert_close(w - F.nuclear_norm_prox(w, t), left @ values.clamp_max(t).diag() @ right)

@@ -126,7 +126,7 @@ def test_adam_takes_what_it_can_and_refuses_the_rest_with_the_way_out(kind, name
 
 @pytest.mark.parametrize("kind", ["MCP", "L0"])
 @pytest.mark.parametrize("name", [*GROUPED, "singular values"])
-def test_a_callable_metric_that_differs_by_coordinate_is_refused_once_it_is_seen(kind, name):
+def test_a_metric_that_differs_by_coordinate_is_refused_once_seen(kind, name):
     w = nn.Parameter(torch.randn(4, 6))
     w.grad = torch.randn(4, 6)
     for mode in ("proximal", "dual"):

@@ -175,7 +175,7 @@ def test_l_half_takes_its_infinite_gradient_at_zero_as_zero():
 
 
 @EACH
-def test_the_audit_of_elements_is_the_distance_to_the_interval_of_subgradients(kind):
+def test_the_audit_of_elements_is_the_distance_to_their_subgradients(kind):
     w = nn.Parameter(torch.tensor([0.0, 0.3, -0.7], dtype=torch.float64))
     lam = 0.2
     penalty = KINDS[kind]([w], lam)

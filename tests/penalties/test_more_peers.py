@@ -49,7 +49,7 @@ def test_proximal_maps_are_those_of_pyproximal_where_these_are_right():
         np.testing.assert_allclose(ours.numpy(), their.prox(x, tau), atol=1e-10, err_msg=type(their).__name__)
 
 
-def test_where_the_scad_of_pyproximal_takes_a_step_beyond_a_minus_1_ours_is_least():
+def test_beyond_a_minus_1_the_prox_of_scad_is_least_unlike_pyproximal():
     pyproximal = pytest.importorskip("pyproximal")
     for sigma, a, tau, w in ((1.0, 3.7, 3.0, 3.9), (0.7, 2.5, 2.0, 2.0)):
 
@@ -63,7 +63,7 @@ def test_where_the_scad_of_pyproximal_takes_a_step_beyond_a_minus_1_ours_is_leas
             assert excess(rho, ours, x, tau * sigma) < 1e-9
 
 
-def test_where_the_l0_of_pyproximal_takes_the_step_itself_for_the_threshold_ours_is_least():
+def test_the_threshold_of_l0_is_not_the_step_as_in_pyproximal():
     pyproximal = pytest.importorskip("pyproximal")
 
     def rho(v):

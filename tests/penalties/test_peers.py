@@ -146,7 +146,7 @@ def test_where_the_log_sum_of_skglm_is_nan_or_not_least_ours_is_least(skglm):
     assert wrong > 10
 
 
-def test_where_the_mcp_of_skglm_takes_a_step_beyond_gamma_ours_is_the_hard_threshold(skglm):
+def test_beyond_gamma_the_prox_of_mcp_is_the_hard_threshold(skglm):
     from skglm.utils.prox_funcs import prox_MCP
 
     lam, gamma, step = 0.5, 2.0, 3.0

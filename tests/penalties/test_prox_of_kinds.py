@@ -63,7 +63,7 @@ def rho_and_prox(kind, shape, a):
 
 @EACH
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-6)])
-def test_prox_is_the_minimiser_on_a_fine_grid_for_any_shape_step_and_weight(kind, dtype, tolerance):
+def test_prox_is_the_minimiser_on_a_grid_for_any_shape_step_and_weight(kind, dtype, tolerance):
     shape, a, t, u = settings(kind)
     rho, rho_prox = rho_and_prox(kind, shape, a)
 
@@ -79,7 +79,7 @@ def test_prox_is_the_minimiser_on_a_fine_grid_for_any_shape_step_and_weight(kind
 
 
 @EACH
-def test_prox_does_not_fall_where_the_weight_grows_nor_rise_where_the_step_does(kind):
+def test_prox_grows_with_the_weight_and_falls_with_the_step(kind):
     u = torch.linspace(0, 3, 2001, dtype=torch.float64)
     for t in (0.0, 0.01, 0.2, KNEE, 0.5, 1.5):
         assert (prox(kind, u, t).diff() >= -1e-12).all()
@@ -185,7 +185,7 @@ def test_what_is_left_of_a_weight_is_stationary(kind, t):
 
 @pytest.mark.parametrize("kind", CONVEX)
 @pytest.mark.parametrize("t", [0.01, 0.7, 20.0])
-def test_convex_prox_is_firmly_nonexpansive_and_obeys_its_variational_inequality(kind, t):
+def test_convex_prox_is_nonexpansive_and_obeys_its_inequality(kind, t):
     x, y, z = torch.randn(3, 500, dtype=torch.float64)
     p, q = prox(kind, x, t), prox(kind, y, t)
     assert ((p - q) ** 2 <= (p - q) * (x - y) + 1e-14).all()

@@ -117,7 +117,7 @@ def test_distance_of_a_zero_group_by_brute_force_over_its_ball(grad):
     assert held([[0.0, 0.0]], [grad], lambda p: GroupLasso(p, 0.6)) == pytest.approx(expected, abs=5e-3)
 
 
-def test_distance_of_a_group_that_is_not_zero_is_the_norm_of_the_whole_gradient():
+def test_distance_of_a_nonzero_group_is_the_norm_of_the_whole_gradient():
     w, grad = torch.tensor([3.0, 0.0]), torch.tensor([0.5, -0.7])
     expected = (-grad - 0.6 * math.sqrt(2) * w / w.norm()).norm().item()
     assert held([w.tolist()], [grad.tolist()], lambda p: GroupLasso(p, 0.6)) == pytest.approx(expected)

@@ -221,7 +221,7 @@ def test_l1_and_l2_are_the_elastic_net():
     torch.testing.assert_close(ours, applied_prox(lambda params: ElasticNet(params, 0.5, l1_ratio=0.3), w, 0.7))
 
 
-def test_a_sum_without_a_closed_form_says_so_and_its_value_and_gradient_work():
+def test_a_sum_without_a_closed_form_says_so_and_has_value_and_gradient():
     w = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     overlapping = GroupLasso([w], 0.1) + GroupLasso([w], 0.2, groups="input")
     before = w.detach().clone()

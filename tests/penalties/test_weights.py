@@ -22,7 +22,7 @@ network = partial(nets.network, dtype=torch.float64, sizes=(3, 4, 2))
 # weights
 
 
-def test_the_adaptive_lasso_is_the_lasso_of_scikit_learn_on_rescaled_features():
+def test_the_adaptive_lasso_is_scikit_learns_on_rescaled_features():
     X, y = regression()
     factors = 1 / np.abs(np.linalg.lstsq(X, y, rcond=None)[0])
     lasso = Lasso(alpha=0.05, fit_intercept=False, tol=1e-14, max_iter=100000).fit(X / factors, y)
@@ -91,7 +91,7 @@ def test_weights_of_another_shape_and_negative_ones_are_refused(factors, groups)
         L1(network(), 0.5, groups=groups, weights={"0.weight": factors})
 
 
-def test_unknown_names_and_singular_values_are_refused_and_missing_names_count_1():
+def test_unknown_names_are_refused_and_missing_names_count_1():
     model = network()
     with pytest.raises(ValueError, match="encoder"):
         L1(model, 0.5, weights={"encoder.weight": torch.ones(4, 3)})

@@ -108,7 +108,7 @@ class Listing(nn.Module):
         return {"table", "special.*"}
 
 
-def test_the_list_that_a_model_keeps_itself_is_heeded_wherever_the_model_is():
+def test_the_list_that_a_model_keeps_is_heeded_wherever_the_model_is():
     assert names(L1(Listing(), 0.1)) == ["mixer.weight"]
     assert names(L1(nn.ModuleDict({"backbone": Listing()}), 0.1)) == ["backbone.mixer.weight"]
     assert len(names(L1(Listing(), 0.1, select="all"))) == 5
@@ -251,7 +251,7 @@ class OwnAttention(nn.Module):
         self.qkv = nn.Linear(8, 24, bias=False)
 
 
-def test_a_layer_that_nobody_knows_is_taken_to_stack_q_k_and_v_and_it_says_so():
+def test_an_unknown_layer_is_taken_to_stack_q_k_and_v_and_says_so():
     layer = OwnAttention()
     with pytest.warns(UserWarning, match=r"OwnAttention.*Heads\(4, dim=0\)"):
         stacked = GroupLasso(layer, 1.0, groups=Heads(4))

@@ -46,7 +46,7 @@ def test_an_unknown_key_in_a_group_is_refused(key):
         L1([{"params": Encoder(), key: 0.1}], 0.1)
 
 
-def test_a_group_without_params_and_a_mixture_of_groups_and_tensors_are_refused():
+def test_groups_without_params_or_mixed_with_tensors_are_refused():
     w = torch.ones(2, requires_grad=True)
     for params in ([{"lam": 0.1}], [{"params": [w]}, w], [w, {"params": [w]}]):
         with pytest.raises(ValueError, match="'params'"):
@@ -80,7 +80,7 @@ def test_a_parameter_shared_between_two_groups_is_refused():
         L1([{"params": first}, {"params": second}], 0.1)
 
 
-def test_groups_that_select_different_parameters_of_one_module_do_not_overlap():
+def test_groups_of_different_parameters_of_one_module_do_not_overlap():
     model = Encoder()
     penalty = L1([{"params": model}, {"params": model, "select": "*.bias", "lam": 0}], 0.1)
     torch.testing.assert_close(penalty(), 0.1 * l1(model.encoder.conv.weight, model.head.weight))

@@ -97,7 +97,7 @@ def test_a_selection_that_matches_nothing_names_near_matches(select, near):
         L1(Encoder(), 0.1, select=select)
 
 
-def test_a_selection_that_matches_nothing_names_some_parameters_where_none_is_near():
+def test_a_selection_without_matches_or_near_ones_names_some_parameters():
     for nothing in ([], lambda name, p: False):
         with pytest.raises(ValueError, match=r"head\.weight"):
             L1(Encoder(), 0.1, select=nothing)

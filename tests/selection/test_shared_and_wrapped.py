@@ -244,7 +244,7 @@ def test_lazy_transposed_convolutions_know_their_groups():
     torch.testing.assert_close(penalty(), 0.1 * group_lasso(model[0].weight, 1))
 
 
-def test_a_lazy_parameter_that_does_not_fit_the_groups_is_refused_once_it_has_a_shape():
+def test_a_lazy_parameter_unfit_for_groups_is_refused_at_its_shape():
     model = nn.Sequential(nn.LazyLinear(3))
     penalty = GroupLasso(model, 0.1, select="all", groups="input")
     model(torch.randn(2, 3))

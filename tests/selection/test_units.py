@@ -68,7 +68,7 @@ def test_an_output_unit_is_what_an_input_of_one_reaches():
     assert [bool((layer(torch.randn(1, 3, 2, 2))[0, c] == 0).all()) for c in range(4)] == [False, False, True, False]
 
 
-def test_a_tensor_without_a_module_has_output_units_along_dim_0_and_input_units_along_dim_1():
+def test_a_bare_tensor_has_outputs_along_dim_0_and_inputs_along_dim_1():
     w = torch.randn(3, 4, requires_grad=True)
     torch.testing.assert_close(GroupLasso([w], 0.1)(), 0.1 * group_lasso(w, 0))
     torch.testing.assert_close(GroupLasso([w], 0.1, groups="input")(), 0.1 * group_lasso(w, 1))

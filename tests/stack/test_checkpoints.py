@@ -117,7 +117,7 @@ def test_the_state_is_the_wrapped_optimizers_own(mode):
 
 
 @pytest.mark.parametrize("mode", ["coupled", "decoupled", "proximal"])
-def test_a_checkpoint_of_the_bare_optimizer_loads_into_the_wrapper_and_back(mode, tmp_path):
+def test_a_checkpoint_of_the_bare_optimizer_loads_in_the_wrapper_and_back(mode, tmp_path):
     saved = Run(None).train(3)
     saved.save(tmp_path / "bare")
     wrapped = Run(mode, seed=1).load(tmp_path / "bare")
@@ -145,7 +145,7 @@ def test_a_checkpoint_of_the_dual_mode_loads_into_the_bare_optimizer(tmp_path):
         assert torch.equal(bare.optimizer.state[p]["exp_avg"], saved.optimizer.state[q]["exp_avg"])
 
 
-def test_a_checkpoint_of_the_bare_optimizer_starts_the_dual_mode_where_its_weights_are(tmp_path):
+def test_from_a_bare_checkpoint_the_dual_mode_starts_at_its_weights(tmp_path):
     """What the mode adds is not in the checkpoint, so the planner must allow for that."""
     saved = Run(None).train(3)
     saved.save(tmp_path)

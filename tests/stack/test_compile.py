@@ -24,7 +24,7 @@ def recompiling_fails_from(step, i):
     torch.compiler.set_stance("default" if i < step else "fail_on_recompile")
 
 
-def test_a_compiled_loss_is_the_eager_one_in_one_graph_and_follows_lambda_without_compiling_anew():
+def test_a_compiled_loss_is_the_eager_one_and_follows_lambda_in_one_graph():
     model = network()
     penalty = L1(model, LAM) + GroupLasso(model, LAM, groups="input") + MCP(model, LAM, groups="tensor")
     penalty = penalty + LHalf(model[0], LAM)

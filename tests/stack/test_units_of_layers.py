@@ -93,7 +93,7 @@ def test_dead_units_lists_the_units_that_the_penalty_groups(name):
 
 
 @pytest.mark.parametrize("name", LIKE_STACKS)
-def test_heads_that_lie_one_by_one_under_a_stacks_name_are_read_right_or_refused(name):
+def test_heads_one_by_one_under_a_stacks_name_are_read_right_or_refused(name):
     case = LIKE_STACKS[name]
     layer = without_bias(case.make())
     members = case.members(layer)

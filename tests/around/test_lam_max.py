@@ -8,19 +8,7 @@ import torch
 from helpers.problems import LAMBDA_MAX, X, linear, sse, y
 from sklearn.linear_model import enet_path
 
-from torch_regpen import (
-    L0,
-    L1,
-    L2,
-    MCP,
-    SCAD,
-    ElasticNet,
-    GroupLasso,
-    LHalf,
-    LogSum,
-    NuclearNorm,
-    SparseGroupLasso,
-)
+from torch_regpen import L0, L1, L2, MCP, SCAD, ElasticNet, GroupLasso, LHalf, LogSum, NuclearNorm, SparseGroupLasso
 from torch_regpen.path import lam_max, regularization_path
 
 # lam_max.

@@ -58,7 +58,7 @@ def rows(model):
     return whole.double().mean().item()
 
 
-STEPS, HELD = 300, 90
+STEPS, HELD = 150, 50
 
 
 def trained(digits, model, optimizer, schedule, first=0, last=STEPS + HELD, measure=elements):
@@ -249,10 +249,10 @@ def test_a_warm_up_from_0_with_few_readings(digits, mode):
     model = mlp()
     wrapped = RegularizedOptimizer(momentum(model), L1(model, 1e-3), mode)
     wrapped.param_groups[0]["lr"] = 0.0
-    schedule = TargetSparsity(wrapped, 0.8, steps=300, every=6)
+    schedule = TargetSparsity(wrapped, 0.8, steps=150, every=3)
     steps_with_noise(model, wrapped, schedule, 1)
     wrapped.param_groups[0]["lr"] = 0.05
-    assert trained(digits, model, wrapped, schedule, first=1, last=300)[-1] == pytest.approx(0.8, abs=0.01)
+    assert trained(digits, model, wrapped, schedule, first=1, last=150)[-1] == pytest.approx(0.8, abs=0.01)
 
 
 def test_the_default_dtype_makes_no_difference():
@@ -324,10 +324,10 @@ def test_zeros_freeze_at_the_target_and_lambda_rests(digits, mode, kind):
     torch.manual_seed(0)
     model = mlp()
     wrapped = RegularizedOptimizer(momentum(model), kind(model, 1e-4), mode)
-    schedule = TargetSparsity(wrapped, 0.9, steps=300, freeze=True)
-    trained(digits, model, wrapped, schedule, last=299)
+    schedule = TargetSparsity(wrapped, 0.9, steps=150, freeze=True)
+    trained(digits, model, wrapped, schedule, last=149)
     assert not wrapped.zeros_are_frozen
-    trained(digits, model, wrapped, schedule, first=299, last=310)
+    trained(digits, model, wrapped, schedule, first=149, last=160)
     assert wrapped.zeros_are_frozen
     lam, zeros = wrapped.penalty.lam, [p == 0 for p in model.parameters() if p.ndim > 1]
     fractions = trained(digits, model, wrapped, schedule, first=310, last=340)

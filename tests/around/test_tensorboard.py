@@ -12,15 +12,7 @@ from helpers.operations import LargestCopy
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from torch_regpen import (
-    L0,
-    L1,
-    L2,
-    MCP,
-    SCAD,
-    GroupLasso,
-    NuclearNorm,
-)
+from torch_regpen import L0, L1, L2, MCP, SCAD, GroupLasso, NuclearNorm
 from torch_regpen.groups import Blocks, Heads, Slices
 from torch_regpen.tensorboard import WeightLogger
 from torch_regpen.zeros import zero_groups
@@ -28,8 +20,6 @@ from torch_regpen.zeros import zero_groups
 # Dead groups
 
 HALF_DEAD = [[0.0, 1e-30, 0.0, 0.0], [0.0, -0.0, 0.0, 0.0], [math.nan, 0.0, 0.0, 0.0], [1.0, 2.0, 0.0, 0.0]]
-
-
 DEAD = {"output": 1 / 4, "input": 1 / 2, "tensor": 0, 1: 1 / 2, Blocks(2): 5 / 8, Heads(2): 0, Heads(2, dim=1): 1 / 2}
 
 

@@ -35,11 +35,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from torch_regpen import (
-    L1,
-    GroupLasso,
-    RegularizedOptimizer,
-)
+from torch_regpen import L1, GroupLasso, RegularizedOptimizer
 
 
 def ddp_trains_as_one_process():

@@ -39,12 +39,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from torch_regpen import (
-    L1,
-    L2,
-    GroupLasso,
-    RegularizedOptimizer,
-)
+from torch_regpen import L1, L2, GroupLasso, RegularizedOptimizer
 
 
 def elementwise_steps_need_no_collective():

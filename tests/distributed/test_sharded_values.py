@@ -13,10 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from torch_regpen import (
-    L1,
-    GroupLasso,
-)
+from torch_regpen import L1, GroupLasso
 from torch_regpen.groups import Blocks
 from torch_regpen.tensorboard import WeightLogger
 

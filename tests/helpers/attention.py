@@ -66,11 +66,7 @@ def rotary(size: int, length: int = 5) -> tuple[Tensor, Tensor]:
 
 
 WIDTH = 16
-
-
 SIZE = WIDTH // HEADS
-
-
 LLM = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "num_hidden_layers": 1, "intermediate_size": 24}
 
 
@@ -124,14 +120,8 @@ def run_modernbert(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 run_self = on(lambda layer, x: layer(x, x, x)[0])
-
-
 run_plain = on(lambda layer, x: layer(x))
-
-
 run_first = on(lambda layer, x: layer(x)[0])
-
-
 run_rotary = on(lambda layer, x: layer(x, None, position_embeddings=rotary(SIZE))[0])
 
 

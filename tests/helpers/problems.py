@@ -12,9 +12,7 @@ from sklearn.datasets import load_breast_cancer, load_diabetes
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from torch_regpen import (
-    RegularizedOptimizer,
-)
+from torch_regpen import RegularizedOptimizer
 
 LAMBDA_MAX = 0.5864501344746885  # of the diabetes Lasso
 OBJECTIVES = {2: 0.444451435686, 10: 0.304755537557, 100: 0.249939397662}  # at LAMBDA_MAX / key
@@ -106,8 +104,6 @@ def proximal_gradient(make, X, Y, steps=500, start=None):
 
 
 X, y = diabetes_data()
-
-
 x_all, y_all = torch.tensor(X), torch.tensor(y)
 
 

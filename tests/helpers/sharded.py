@@ -10,13 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from helpers import nets
 from helpers.kinds import VARIANTS
-from torch_regpen import (
-    L1,
-    GroupLasso,
-    NuclearNorm,
-    Orthogonal,
-    RegularizedOptimizer,
-)
+from torch_regpen import L1, GroupLasso, NuclearNorm, Orthogonal, RegularizedOptimizer
 from torch_regpen.groups import Blocks, Heads
 
 LAM = 0.02

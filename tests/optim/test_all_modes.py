@@ -5,12 +5,7 @@ import copy
 import pytest
 import torch
 from helpers.kinds import FORMULAS
-from helpers.nets import (
-    assert_same,
-    network,
-    set_gradients,
-    train,
-)
+from helpers.nets import assert_same, network, set_gradients, train
 from helpers.optimizers import adam, direct_modes, momentum, sgd
 
 from torch_regpen import L1, L2, GroupLasso, RegularizedOptimizer

@@ -3,14 +3,7 @@
 import pytest
 import torch
 from helpers.kinds import FORMULAS, l1
-from helpers.nets import (
-    assert_same,
-    closure_on,
-    explicit,
-    network,
-    set_gradients,
-    train,
-)
+from helpers.nets import assert_same, closure_on, explicit, network, set_gradients, train
 from helpers.optimizers import direct_modes, momentum, sgd
 
 from torch_regpen import L1, L2, RegularizedOptimizer

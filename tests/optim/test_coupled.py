@@ -3,15 +3,7 @@
 import pytest
 import torch
 from helpers.kinds import FORMULAS, l1
-from helpers.nets import (
-    assert_same,
-    closure_on,
-    explicit,
-    network,
-    set_gradients,
-    train,
-    with_zeros,
-)
+from helpers.nets import assert_same, closure_on, explicit, network, set_gradients, train, with_zeros
 from helpers.optimizers import adam, momentum, optimizers, sgd
 
 from torch_regpen import L1, RegularizedOptimizer

@@ -5,14 +5,7 @@ import copy
 import pytest
 import torch
 from helpers.kinds import FORMULAS
-from helpers.nets import (
-    assert_same,
-    explicit,
-    network,
-    set_gradients,
-    train,
-    with_zeros,
-)
+from helpers.nets import assert_same, explicit, network, set_gradients, train, with_zeros
 from helpers.optimizers import DIRECT, adam, momentum, optimizers, sgd
 from torch import nn
 

@@ -5,10 +5,7 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 from helpers.kinds import FORMULAS
-from helpers.nets import (
-    network,
-    set_gradients,
-)
+from helpers.nets import network, set_gradients
 from helpers.operations import Reads
 from helpers.optimizers import adam, adamw, direct_modes, momentum, sgd
 from torch import optim

@@ -4,11 +4,7 @@ import warnings
 
 import pytest
 import torch
-from helpers.nets import (
-    assert_same,
-    network,
-    train,
-)
+from helpers.nets import assert_same, network, train
 from helpers.optimizers import Homemade, adam, direct_modes, sgd
 
 from torch_regpen import L1, L2, GroupLasso, Penalty, RegularizedOptimizer

@@ -37,7 +37,11 @@ def solve(problem, penalty, make, steps=STEPS, mode="proximal", **options):
     if inner.param_groups[0]["maximize"]:
         sign_of = problem.gradient
         problem.gradient = lambda: -sign_of()
-    problem.train(RegularizedOptimizer(inner, penalty, mode, **options), steps)
+    optimizer = RegularizedOptimizer(inner, penalty, mode, **options)
+    for _ in range(steps // 50):
+        problem.train(optimizer, 50)
+        if optimizer.penalty.stationarity() < 1e-12:
+            break
     if inner.param_groups[0]["maximize"]:
         problem.gradient = sign_of
         problem.model.weight.grad = problem.gradient()

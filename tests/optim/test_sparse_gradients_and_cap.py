@@ -5,13 +5,7 @@ import copy
 import pytest
 import torch
 from helpers.kinds import FORMULAS
-from helpers.nets import (
-    assert_same,
-    embedding,
-    look_up,
-    network,
-    set_gradients,
-)
+from helpers.nets import assert_same, embedding, look_up, network, set_gradients
 from helpers.optimizers import adam, sgd
 from torch import nn
 
@@ -61,8 +55,6 @@ def test_sparse_adam_takes_the_penalty_on_all_rows(device, mode):
 
 
 UNSEEN = [0, 2, 3, 5]  # rows that `look_up` leaves without a gradient
-
-
 capped = pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"lr": torch.tensor(0.01), "foreach": False}])
 
 

@@ -15,8 +15,6 @@ from torch import nn
 from torch_regpen import L1, L2, ElasticNet, GroupLasso, Penalty
 
 LAM = 0.03
-
-
 EACH = pytest.mark.parametrize("kind", BASIC)
 
 

@@ -12,8 +12,6 @@ from torch.func import functional_call, stack_module_state
 from torch_regpen import L1, GroupLasso
 
 LAM = 0.3
-
-
 EACH = pytest.mark.parametrize("kind", BASIC)
 
 

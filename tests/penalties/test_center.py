@@ -14,8 +14,6 @@ from torch.nn.utils import parametrize
 from torch_regpen import L1, L2, MCP, GroupLasso, RegularizedOptimizer
 
 EACH = pytest.mark.parametrize("kind", KINDS)
-
-
 network = partial(nets.network, dtype=torch.float64, sizes=(3, 4, 2))
 
 

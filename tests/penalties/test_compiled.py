@@ -10,8 +10,6 @@ from torch.func import functional_call
 from torch_regpen import L1, GroupLasso, RegularizedOptimizer
 
 LAM = 0.3
-
-
 EACH = pytest.mark.parametrize("kind", BASIC)
 
 

@@ -9,23 +9,13 @@ from helpers.oracles import assert_minimal
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from torch_regpen import (
-    RegularizedOptimizer,
-)
+from torch_regpen import RegularizedOptimizer
 from torch_regpen import functional as F
 
 LAM = 0.3
-
-
 LR = 0.2
-
-
 kinds = pytest.mark.parametrize("kind", KINDS)
-
-
 names = pytest.mark.parametrize("name", GROUPS)
-
-
 options = pytest.mark.parametrize("option", ["plain", "unscaled", "moved"])
 
 

@@ -5,23 +5,13 @@ import torch
 from helpers.kinds import CONVEX, GROUPED, GROUPS, KINDS, Case, members, proxed
 from torch import nn
 
-from torch_regpen import (
-    RegularizedOptimizer,
-)
+from torch_regpen import RegularizedOptimizer
 from torch_regpen.groups import SingularValues
 
 LAM = 0.3
-
-
 LR = 0.2
-
-
 kinds = pytest.mark.parametrize("kind", KINDS)
-
-
 names = pytest.mark.parametrize("name", GROUPS)
-
-
 options = pytest.mark.parametrize("option", ["plain", "unscaled", "moved"])
 
 

@@ -10,17 +10,7 @@ from helpers.kinds import proxed, scad, value_of
 from helpers.oracles import double, excess
 from torch import nn
 
-from torch_regpen import (
-    L0,
-    L1,
-    L2,
-    ActivityPenalty,
-    ElasticNet,
-    GroupLasso,
-    NuclearNorm,
-    Orthogonal,
-    SparseGroupLasso,
-)
+from torch_regpen import L0, L1, L2, ActivityPenalty, ElasticNet, GroupLasso, NuclearNorm, Orthogonal, SparseGroupLasso
 from torch_regpen import functional as F
 
 os.environ.setdefault("KERAS_BACKEND", "torch")

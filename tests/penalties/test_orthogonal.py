@@ -27,8 +27,6 @@ def cosine(w):
 
 
 MEASURES = {"gram": gram, "cosine": cosine}
-
-
 EACH = pytest.mark.parametrize("measure", MEASURES)
 
 

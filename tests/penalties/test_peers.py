@@ -11,18 +11,7 @@ from helpers.oracles import double, excess
 from helpers.problems import proximal_gradient
 from torch import nn
 
-from torch_regpen import (
-    L1,
-    L2,
-    MCP,
-    SCAD,
-    ElasticNet,
-    GroupLasso,
-    LHalf,
-    LogSum,
-    NuclearNorm,
-    SparseGroupLasso,
-)
+from torch_regpen import L1, L2, MCP, SCAD, ElasticNet, GroupLasso, LHalf, LogSum, NuclearNorm, SparseGroupLasso
 from torch_regpen import functional as F
 from torch_regpen.groups import Blocks
 

@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 from torch_regpen import L1
 
 LAM = 0.03
-
-
 EACH = pytest.mark.parametrize("kind", BASIC)
 
 
@@ -31,8 +29,6 @@ def applied_prox(kind, w, lam, step):
 
 
 number = st.one_of(st.sampled_from([0.0, 1e-12, -1e-3, 1.0, 1e4]), st.floats(-10, 10))
-
-
 size = st.one_of(st.sampled_from([0.0, 1e-12, 1e-3, 1.0, 1e6]), st.floats(0, 5))
 
 

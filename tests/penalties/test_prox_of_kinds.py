@@ -12,8 +12,6 @@ from torch import nn
 from torch_regpen import functional as F
 
 EACH = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "Capped"])
-
-
 NON_CONVEX = pytest.mark.parametrize("kind", ["MCP", "SCAD", "LogSum", "LHalf", "L0"])
 
 

@@ -9,8 +9,6 @@ from torch import nn
 from torch_regpen import L1, GroupLasso
 
 LAM = 0.03
-
-
 EACH = pytest.mark.parametrize("kind", BASIC)
 
 

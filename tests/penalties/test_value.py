@@ -11,8 +11,6 @@ from torch import nn
 from torch_regpen import L1
 
 LAM = 0.03
-
-
 EACH = pytest.mark.parametrize("kind", BASIC)
 
 

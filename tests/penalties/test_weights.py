@@ -14,8 +14,6 @@ from torch import nn
 from torch_regpen import L1, GroupLasso, NuclearNorm, RegularizedOptimizer, SparseGroupLasso
 
 EACH = pytest.mark.parametrize("kind", KINDS)
-
-
 network = partial(nets.network, dtype=torch.float64, sizes=(3, 4, 2))
 
 

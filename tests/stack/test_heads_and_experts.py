@@ -27,16 +27,7 @@ from helpers.attention import (
     timm_attention,
     without_bias,
 )
-from helpers.units import (
-    each,
-    image,
-    inputs_of,
-    mask_of,
-    reaction_to_weight,
-    rows,
-    sequence,
-    sum_of_norms,
-)
+from helpers.units import each, image, inputs_of, mask_of, reaction_to_weight, rows, sequence, sum_of_norms
 from helpers.zoo import built
 from torch import Tensor, nn
 
@@ -191,8 +182,6 @@ def test_a_model_without_attention_has_no_heads(name):
 
 
 EXPERTS, INNER = 3, 6
-
-
 NAMES = ["gate_up_proj", "down_proj"]
 
 

@@ -11,26 +11,12 @@ from torch_regpen import L1
 
 
 TOKEN = "a token held as a raw parameter; the library's list has no names"
-
-
 POSITION = "a position embedding held as a raw parameter; the library's list has no such name"
-
-
 SCALE = "a scale of a layer or of a head; the library goes by the number of dimensions, or not by shape at all"
-
-
 NORM = "the scale or shift of a normalization layer that the library does not know as one"
-
-
 VECTOR = "a vector: one number for each channel or head; transformers leaves out biases and norms by name only"
-
-
 BIAS = "a bias with a name of its own"
-
-
 LOOKUP = "the weight of a layer inside a position bias: the library goes by the whole name, we by the last part"
-
-
 TAKEN = (LOOKUP,)  # all others are left out by us and decayed by the library
 
 

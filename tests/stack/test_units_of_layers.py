@@ -15,13 +15,7 @@ from helpers.attention import (
     phi3,
     without_bias,
 )
-from helpers.units import (
-    CASES,
-    each,
-    gates,
-    hidden_state,
-    sum_of_norms,
-)
+from helpers.units import CASES, each, gates, hidden_state, sum_of_norms
 from torch import nn
 
 from torch_regpen import GroupLasso

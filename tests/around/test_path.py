@@ -22,7 +22,7 @@ def fit(model, penalty, indices, precision=1e-9):
     a, b = (x_all, y_all) if indices is None else (x_all[indices], y_all[indices])
     hessian, slope = a.T @ a / len(b), a.T @ b / len(b)
     lr = 1 / torch.linalg.eigvalsh(hessian)[-1].item()
-    optimizer = RegularizedOptimizer(torch.optim.SGD(model.parameters(), lr=lr / 2, momentum=0.95), penalty, "proximal")
+    optimizer = RegularizedOptimizer(torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9), penalty, "proximal")
     for step in range(3000):
         model.weight.grad = model.weight.detach() @ hessian - slope
         if step % 20 == 0 and penalty.stationarity() < precision:

@@ -1,5 +1,6 @@
 """The report of a checkpoint: what is zero, for files of torch.save and of safetensors, and nothing else."""
 
+import io
 import os
 import pickle
 import subprocess
@@ -237,43 +238,54 @@ def test_a_broken_safetensors_file_is_one_line_too(tmp_path):
         report(tmp_path / "x.safetensors")
 
 
-def command(file, **environment):
-    """The command line, and the environment in which it runs."""
-    words = [sys.executable, "-m", "torch_regpen", "report", str(file)]
-    return {"args": words, "env": {**os.environ, **environment}}
-
-
 def test_a_reader_that_has_enough_ends_the_command_quietly(tmp_path):
     torch.save({f"layer{i}": torch.ones(1) for i in range(3000)}, tmp_path / "many.pt")  # more than a pipe holds
     torch.save({"w": torch.ones(1)}, tmp_path / "one.pt")  # less: all of it is written at the end
     for file in ("many.pt", "one.pt"):
-        process = subprocess.Popen(**command(tmp_path / file), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        command = [sys.executable, "-m", "torch_regpen", "report", str(tmp_path / file)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         process.stdout.close()
         assert process.stderr.read() == b""
         process.stderr.close()
         assert process.wait() == 0
 
 
+def run_main(file, monkeypatch, stdout, stderr):
+    """The command in this process, on streams of its own."""
+    monkeypatch.setattr(sys, "argv", ["torch_regpen", "report", str(file)])
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    return main()
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
-def test_that_the_report_cannot_be_written_is_one_line_that_names_the_file(tmp_path):
+def test_that_the_report_cannot_be_written_is_one_line_that_names_the_file(tmp_path, monkeypatch):
     torch.save({"w": torch.ones(1)}, tmp_path / "w.pt")
+    stderr = io.StringIO()
     with open("/dev/full", "w") as full:
-        done = subprocess.run(**command(tmp_path / "w.pt"), stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"{tmp_path / 'w.pt'}: ")
-    assert len(done.stderr.splitlines()) == 1
+        assert run_main(tmp_path / "w.pt", monkeypatch, full, stderr) == 1
+    assert stderr.getvalue().startswith(f"{tmp_path / 'w.pt'}: ")
+    assert len(stderr.getvalue().splitlines()) == 1
 
 
-def test_an_ascii_terminal_shows_what_it_can(tmp_path):
+def test_an_ascii_terminal_shows_what_it_can(tmp_path, monkeypatch):
     file = tmp_path / "gewichte_\u00fc.pt"
+
+    def shown():
+        """What there is in the two streams, which are as Python makes them of an ASCII terminal."""
+        out, err = io.BytesIO(), io.BytesIO()
+        stderr = io.TextIOWrapper(err, "ascii", "backslashreplace", write_through=True)
+        code = run_main(file, monkeypatch, io.TextIOWrapper(out, "ascii", write_through=True), stderr)
+        return code, out.getvalue().decode(), err.getvalue().decode()
+
     torch.save({"schl\u00fcssel": torch.ones(1)}, file)
-    done = subprocess.run(**command(file, PYTHONIOENCODING="ascii"), capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert row(done.stdout, "schl\\xfcssel")[2] == "1"
+    code, out, err = shown()
+    assert (code, err) == (0, "")
+    assert row(out, "schl\\xfcssel")[2] == "1"
     file.write_bytes(b"")
-    done = subprocess.run(**command(file, PYTHONIOENCODING="ascii"), capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "gewichte_\\xfc.pt" in done.stderr
+    code, _, err = shown()
+    assert code == 1
+    assert "gewichte_\\xfc.pt" in err
 
 
 @pytest.mark.parametrize("odd", ["a\nb", "a\rb", "a\x1b[2Jb", "a\u202eb", "a\u2028b", "a\x9b31mb", "a\ud800b"])

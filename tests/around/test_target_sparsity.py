@@ -58,7 +58,7 @@ def rows(model):
     return whole.double().mean().item()
 
 
-STEPS, HELD = 150, 50
+STEPS, HELD = 200, 60
 
 
 def trained(digits, model, optimizer, schedule, first=0, last=STEPS + HELD, measure=elements):

@@ -114,7 +114,7 @@ def the_penalty_is_in_full_precision_whatever_the_forward_is_in():
 def low_precision_changes_the_forward_and_not_the_penalty():
     """With gradients made up, what is left is the penalty, on the float32 weights: it is that of one process."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-    for name in ("elastic net", "columns"):
+    for name in ("ElasticNet", "columns"):
         for mode in MODES:
             alone, model = network(torch.float32), sharded(network(torch.float32), mp_policy=policy)
             for m in (alone, model):

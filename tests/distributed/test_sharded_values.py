@@ -109,7 +109,7 @@ def summary_and_logger_are_called_by_every_rank():
 
 
 def the_board_counts_over_all_ranks():
-    """What plain tensors have there is in test_tensorboard.py."""
+    """What plain tensors have there is in test_histograms.py."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from torch.utils.tensorboard import SummaryWriter
 

@@ -53,7 +53,7 @@ def test_it_is_the_textbook_loop_for_every_kind_and_grouping(kind, momentum):
     penalty = VARIANTS[kind](hand, LAM)
     latent = [p.detach().clone() for p in hand.parameters()]
     velocity = [torch.zeros_like(p) for p in hand.parameters()]
-    for step in range(25):
+    for step in range(12):
         backward(ours, step)
         backward(hand, step)
         optimizer.step()
@@ -128,7 +128,7 @@ def test_every_kind_and_grouping_trains_and_moves_by_its_own_prox(kind, make):
         return
     optimizer = Regularized(make(model), penalty, "dual")
     before = penalty().item()
-    train_on_batches(model, optimizer, 60)
+    train_on_batches(model, optimizer, 30)
     assert all(p.isfinite().all() for p in model.parameters())
     if kind not in ("tensors of L0", "initial center"):
         assert penalty().item() < before

@@ -1,4 +1,4 @@
-"""Low precision in the model, full precision in the penalty. What GradScaler skips is in test_optim_interface.py."""
+"""Low precision in the model, full precision in the penalty. What GradScaler skips is in test_gradient_scaling.py."""
 
 import copy
 

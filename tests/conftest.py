@@ -5,6 +5,8 @@ from hypothesis import settings
 settings.register_profile("same every time", derandomize=True, deadline=None, max_examples=50, database=None)
 settings.load_profile("same every time")
 
+pytest.register_assert_rewrite("helpers")
+
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request):
@@ -16,3 +18,22 @@ def device(request):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Small networks train faster on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_rank():
+    """A process group of this process alone; the mesh of it."""
+    if not torch.distributed.is_available():
+        pytest.skip("torch was built without torch.distributed")
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()

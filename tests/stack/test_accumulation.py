@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from helpers.nets import assert_same, data, network
 from torch import nn
-from training import assert_same, data, network
 
 from torch_regpen import L1, GroupLasso, RegularizedOptimizer
 
@@ -40,7 +40,7 @@ def test_in_the_optimizer_it_counts_once_a_step_however_many_backwards(mode):
     assert_same(model, expected, 1e-12)
 
 
-def test_in_the_loss_it_is_divided_as_the_loss_is_or_added_to_one_of_the_parts():
+def test_in_the_loss_it_is_divided_as_the_loss_or_added_to_one_part():
     expected = network(dtype=torch.float64)
     whole_batch(expected, "coupled", L1(expected, LAM))
     for divided in (True, False):

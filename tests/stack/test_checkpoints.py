@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from helpers.nets import assert_same, data
+from helpers.optimizers import MODES
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -10,7 +12,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from training import assert_same, data
 
 from torch_regpen import L1, L2, RegularizedOptimizer
 from torch_regpen.schedules import LinearRamp, TargetSparsity
@@ -18,7 +19,6 @@ from torch_regpen.schedules import LinearRamp, TargetSparsity
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 LAM = 0.02
-MODES = ("coupled", "decoupled", "proximal", "dual")
 
 
 class Network(nn.Module):
@@ -117,7 +117,7 @@ def test_the_state_is_the_wrapped_optimizers_own(mode):
 
 
 @pytest.mark.parametrize("mode", ["coupled", "decoupled", "proximal"])
-def test_a_checkpoint_of_the_bare_optimizer_loads_into_the_wrapper_and_back(mode, tmp_path):
+def test_a_checkpoint_of_the_bare_optimizer_loads_in_the_wrapper_and_back(mode, tmp_path):
     saved = Run(None).train(3)
     saved.save(tmp_path / "bare")
     wrapped = Run(mode, seed=1).load(tmp_path / "bare")
@@ -145,7 +145,7 @@ def test_a_checkpoint_of_the_dual_mode_loads_into_the_bare_optimizer(tmp_path):
         assert torch.equal(bare.optimizer.state[p]["exp_avg"], saved.optimizer.state[q]["exp_avg"])
 
 
-def test_a_checkpoint_of_the_bare_optimizer_starts_the_dual_mode_where_its_weights_are(tmp_path):
+def test_from_a_bare_checkpoint_the_dual_mode_starts_at_its_weights(tmp_path):
     """What the mode adds is not in the checkpoint, so the planner must allow for that."""
     saved = Run(None).train(3)
     saved.save(tmp_path)

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from helpers.nets import data, network
+from helpers.optimizers import adamw, momentum
 from torch import nn
-from training import data, network
 
 from torch_regpen import L1, MCP, GroupLasso, LHalf, RegularizedOptimizer
 
 LAM = 0.05
-MODES = ("coupled", "decoupled", "proximal", "dual")
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def recompiling_fails_from(step, i):
     torch.compiler.set_stance("default" if i < step else "fail_on_recompile")
 
 
-def test_a_compiled_loss_is_the_eager_one_in_one_graph_and_follows_lambda_without_compiling_anew():
+def test_a_compiled_loss_is_the_eager_one_and_follows_lambda_in_one_graph():
     model = network()
     penalty = L1(model, LAM) + GroupLasso(model, LAM, groups="input") + MCP(model, LAM, groups="tensor")
     penalty = penalty + LHalf(model[0], LAM)
@@ -52,16 +52,8 @@ def test_a_compiled_loss_is_the_eager_one_in_one_graph_and_follows_lambda_withou
     torch.testing.assert_close(value_and_grads(compiled), value_and_grads(loss), equal_nan=True)
 
 
-def sgd(model):
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-
-
-def adamw(model):
-    return torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
-
-
-def fused(model):
-    return torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0, fused=True)
+def fused(model, lr):
+    return adamw(model, lr, fused=True)
 
 
 def stepped(make, mode, backend):
@@ -69,7 +61,7 @@ def stepped(make, mode, backend):
     torch.manual_seed(0)
     model = nn.Linear(6, 8)
     penalty = L1(model, LAM)
-    optimizer = RegularizedOptimizer(make(model), penalty, mode)
+    optimizer = RegularizedOptimizer(make(model, lr=0.1), penalty, mode)
     step = optimizer.step if backend is None else torch.compile(optimizer.step, backend=backend)
     weights = []
     for i in range(5):
@@ -90,8 +82,8 @@ def stepped(make, mode, backend):
 @pytest.mark.parametrize(
     ("make", "mode", "backend"),
     [
-        *((make, mode, "aot_eager") for make in (sgd, adamw) for mode in ("coupled", "decoupled")),
-        *((sgd, mode, "inductor") for mode in ("proximal", "dual")),
+        *((make, mode, "aot_eager") for make in (momentum, adamw) for mode in ("coupled", "decoupled")),
+        *((momentum, mode, "inductor") for mode in ("proximal", "dual")),
         *((make, "proximal", "inductor") for make in (adamw, fused)),
         (adamw, "dual", "aot_eager"),
     ],

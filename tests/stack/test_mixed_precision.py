@@ -1,12 +1,12 @@
-"""Low precision in the model, full precision in the penalty. What GradScaler skips is in test_optim_interface.py."""
+"""Low precision in the model, full precision in the penalty. What GradScaler skips is in test_gradient_scaling.py."""
 
 import copy
 
 import pytest
 import torch
+from helpers.nets import assert_same, data, network
 from torch import nn
 from torch.utils._pytree import tree_leaves
-from training import assert_same, data, network
 
 from torch_regpen import L1, GroupLasso, RegularizedOptimizer
 
@@ -45,7 +45,7 @@ def backward(model, dtype, penalty=None, scaler=None):
 
 @precisions
 @pytest.mark.parametrize("scale", [1.0, SCALE])
-def test_in_the_loss_its_gradient_is_exact_whatever_the_precision_and_the_scale(dtype, scale):
+def test_in_the_loss_its_gradient_is_exact_in_any_precision_and_scale(dtype, scale):
     model = network()
     without = backward(model, dtype, scaler=torch.amp.GradScaler("cpu", init_scale=scale))
     with_penalty = backward(model, dtype, penalty_on(model), torch.amp.GradScaler("cpu", init_scale=scale))

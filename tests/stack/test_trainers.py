@@ -8,19 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.nets import assert_same, network
+from helpers.optimizers import modes
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from training import assert_same, network
 
 from torch_regpen import L1, L2, GroupLasso, RegularizedOptimizer
 from torch_regpen.schedules import LinearRamp
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-MODES = ("coupled", "decoupled", "proximal", "dual")
 LAM = 0.02
 EPOCHS = 2
-
-modes = pytest.mark.parametrize("mode", MODES)
 
 
 def dataset():

@@ -6,17 +6,15 @@ from functools import partial
 
 import pytest
 import torch
+from helpers.nets import assert_same, closure_on, data, network
+from helpers.optimizers import MODES, modes
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from training import assert_same, closure_on, data, network
 
 from torch_regpen import L1, L2, GroupLasso, RegularizedOptimizer
 
 LAM = 0.05
 RHO = 0.05
-MODES = ("coupled", "decoupled", "proximal", "dual")
-
-modes = pytest.mark.parametrize("mode", MODES)
 
 
 def penalty_on(model):
@@ -64,7 +62,7 @@ def train(model, optimizer, extra=lambda: 0.0, steps=5):
 
 
 @pytest.mark.parametrize("make", OTHERS)
-def test_coupled_is_the_penalty_in_the_loss_to_the_last_bit_under_any_optimizer(make):
+def test_coupled_is_the_penalty_in_the_loss_bit_for_bit_everywhere(make):
     ours, theirs = network(), network()
     train(ours, RegularizedOptimizer(make(ours), L1(ours, LAM), "coupled"))
     bare = make(theirs)
@@ -233,7 +231,7 @@ def test_an_average_that_is_swapped_in_for_an_evaluation_leaves_no_trace(mode):
 
 
 @modes
-def test_an_optimizer_for_each_parameter_that_steps_in_the_backward_and_frees_the_gradient(mode):
+def test_optimizers_that_step_in_the_backward_and_free_the_gradient(mode):
     ours, theirs = network(), network()
     penalty = penalty_on(ours)
     penalized = {id(p) for _, p in penalty.named_parameters_penalized()}

@@ -11,7 +11,8 @@ from helpers.nets import holding
 from helpers.operations import LargestCopy
 from torch._subclasses import FakeTensorMode
 
-from torch_regpen import L1, tally
+from torch_regpen import L1
+from torch_regpen.inspect import histogram
 
 TINIEST = 2.0**-149  # the smallest float32
 

@@ -14,8 +14,8 @@ from torch._subclasses import FakeTensorMode
 
 from torch_regpen import L0, L1, L2, MCP, SCAD, GroupLasso, NuclearNorm
 from torch_regpen.groups import Blocks, Heads, Slices
-from torch_regpen.tensorboard import WeightLogger
 from torch_regpen.ops.zero_groups import zero_groups
+from torch_regpen.tensorboard import WeightLogger
 
 # Dead groups
 

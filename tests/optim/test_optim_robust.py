@@ -284,7 +284,7 @@ def test_wrapper_and_model_are_gone_when_nobody_holds_them(mode):
     train(model, optimizer, 2)
     optimizer.freeze_zeros()
     train(model, optimizer, 2)
-    left = [weakref.ref(x) for x in (optimizer, optimizer.optimizer, optimizer._mode, optimizer._zeros)]
+    left = [weakref.ref(x) for x in (optimizer, optimizer.optimizer, optimizer._applied[0], optimizer._zeros)]
     gc.collect()
     gc.disable()
     try:

@@ -44,7 +44,8 @@ class AppliedPenalty:
                     f"the param_groups of {type(optimizer).__name__} have no 'lr', which mode={mode!r} needs; use "
                     "mode='coupled'"
                 )
-        self._warn_about_decay()
+        if not self._warn_about_decay():
+            self._warn_about_adaptive_l2(metric)
         self._warn_about_steps(metric)
 
     @property
@@ -77,7 +78,7 @@ class AppliedPenalty:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_known": [], "_batches": []}  # a copy finds its parameters itself
 
-    def _warn_about_decay(self) -> None:
+    def _warn_about_decay(self) -> bool:
         decaying = [
             terms[0].name
             for batch in self.batches()
@@ -91,6 +92,7 @@ class AppliedPenalty:
                 f"{type(self._optimizer).__name__} too (AdamW's default is 0.01): both are L2, and both shrink them. "
                 "Set weight_decay=0 for them if that is not meant"
             )
+        return bool(decaying)
 
     def _warn_about_steps(self, metric: Metric) -> None:
         name = type(self._optimizer).__name__
@@ -105,6 +107,9 @@ class AppliedPenalty:
                 f"{name} sets its own step size, which its lr is not: mode='decoupled' takes lr * lam, whatever that "
                 "step is. Use mode='coupled', or mode='proximal' with a callable metric that returns the step"
             )
+
+    def _warn_about_adaptive_l2(self, metric: Metric) -> None:
+        name = type(self._optimizer).__name__
         if self.makes_zeros and differs_by_coordinate(self._optimizer, metric):
             terms = self.penalty.terms()
             squares = [term for term in terms if term.quadratic and not term.linear]

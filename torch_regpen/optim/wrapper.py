@@ -289,11 +289,11 @@ def _by_mode(penalty: Any, default: str) -> dict[str, list[Penalty]]:
         part, mode = entry if isinstance(entry, tuple) and len(entry) == 2 else (entry, default)
         if not isinstance(part, Penalty):
             raise TypeError(
-                "penalty must be a Penalty, a list of them, or a list of (penalty, mode) pairs; given is "
-                f"{part if isinstance(part, str) else type(part).__name__}"
+                "penalty must be a Penalty or a list of them, or of (penalty, mode) pairs; given is a "
+                f"{type(part).__name__}"
             )
         if not isinstance(mode, str) or mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, not {mode!r}")
+            raise ValueError(f"mode must be one of {', '.join(map(repr, sorted(MODES)))}, not {mode!r}")
         found[mode].append(part)
     parts = [leaf for penalties in found.values() for part in penalties for leaf in part.parts]
     if not parts:
@@ -302,7 +302,7 @@ def _by_mode(penalty: Any, default: str) -> dict[str, list[Penalty]]:
     if twice is not None:
         raise ValueError(f"the same penalty is given twice, and would count double: {twice!r}")
     if default not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, not {default!r}")
+        raise ValueError(f"mode must be one of {', '.join(map(repr, sorted(MODES)))}, not {default!r}")
     return {mode: penalties for mode, penalties in found.items() if penalties}
 
 

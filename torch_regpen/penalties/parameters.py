@@ -190,7 +190,8 @@ class PenalizedParameters(nn.Module):
 
     def _cache_key(self) -> list[Any]:
         """What the terms depend on, beside the parameters: all attributes, and what is selected."""
-        return [*vars(self).values(), *self.param_groups, *map(attrgetter("refs"), self._selections)]
+        attributes = [value for name, value in vars(self).items() if name != "_cache"]  # which would hold itself
+        return [*attributes, *self.param_groups, *map(attrgetter("refs"), self._selections)]
 
     def _locations(self) -> list[tuple[dict[str, Any], str]] | None:
         """Where the parameters are found; None where the terms depend on more than that, and cannot be cached."""
@@ -271,9 +272,12 @@ class PenalizedParameters(nn.Module):
 
     def _take_center(self, center: Any) -> None:
         if isinstance(center, str) and center == "initial":
-            center = {name: tensor for ref in self._refs() for name, tensor in ref.read()}
-        for ref, name, tensor, entry in entries_by_parameter(self._refs(), center, "center"):
-            ref.centers[name] = checked_center(name, tensor, entry)
+            for ref in self._refs():
+                for name, tensor in ref.read():
+                    ref.centers[name] = checked_center(name, tensor, tensor)
+        else:
+            for ref, name, tensor, entry in entries_by_parameter(self._refs(), center, "center"):
+                ref.centers[name] = checked_center(name, tensor, entry)
         self._centered = True
 
     def _grouping(self, ref: ParameterRef, name: str, tensor: Tensor) -> Grouping:

@@ -86,7 +86,7 @@ SETTINGS = {
         images=500,
         epochs=30,
         hidden=(100, 100),
-        lambdas=[1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2],
+        lambdas=[5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2],
         claims=[("L2 in the loss", "plain"), ("L2 in the loss", "L1 proximal")],
         wrong_labels=0.3,
     ),

@@ -1,7 +1,9 @@
 """Each example runs from end to end, in a small setting, and shows what it promises to show."""
 
+import csv
 import re
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,13 +46,57 @@ def test_existing_loop(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_compare_weight_decay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("scipy")
-    run("compare_weight_decay.py", "--seeds", "2", "--epochs", "1", "--logdir", str(tmp_path))
-    rows = {line[:22].strip(): line[22:].split() for line in capsys.readouterr().out.splitlines()}
-    assert float(rows["weight_decay"][0]) > 0  # lambda
-    assert rows["L2 coupled"][:7] == rows["weight_decay"][:7]
-    assert is_png(tmp_path / "compare_weight_decay.png")
-    assert len((tmp_path / "compare_weight_decay.csv").read_text().splitlines()) == 1 + 2 * (1 + 15 * 8)
-    assert len(list((tmp_path / "chosen").iterdir())) == 16
+    run("compare_weight_decay.py", "--quick", "--plot", str(tmp_path / "plot.png"), "--logdir", str(tmp_path))
+    out = capsys.readouterr().out
+    parts = dict(
+        re.findall(r"^([\w-]+): [^\n]*\n\n( +lambda.*?\n)(?=\n[\w-]+: |\nThe plot)", out, re.DOTALL | re.MULTILINE)
+    )
+    assert list(parts) == ["wrong-labels", "noise-inputs", "clean"]
+    for name, part in parts.items():
+        chosen = {method: float(lam) for method, lam in re.findall(r"^(\w.*?) {2,}([\d.]+) ", part, re.MULTILINE)}
+        assert len(chosen) == 7
+        assert chosen["L2 in the loss"] == chosen["weight_decay"]
+        with open(tmp_path / name / "trainings.csv", newline="") as file:
+            tried = {float(row["lam"]) for row in csv.DictReader(file)} - {0.0}  # plain
+        at_the_edge = [method for method, lam in chosen.items() if lam in (min(tried), max(tried))]
+        assert re.findall("Warning: (.+) chose", part) == at_the_edge
+        assert len(list((tmp_path / name / "chosen").iterdir())) == 7
+    assert is_png(tmp_path / "plot.png")
+
+
+def test_compare_weight_decay_maps_the_inputs_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("scipy")
+    example = runpy.run_path(str(EXAMPLES / "compare_weight_decay.py"))
+    data = example["load_data"](example["SETTINGS"]["noise-inputs"], 0)
+    model = example["make_model"](example["SETTINGS"]["noise-inputs"], data)
+    with torch.no_grad():
+        model.hidden1.weight.zero_()
+        model.hidden1.weight[3, [0, 7, 8, 64 + 63]] = 1.0  # pixels in the first two lines, and a copy of the last pixel
+    assert example["score"](model, data) | {"pixels": 3, "copies": 1} == example["score"](model, data)
+    example["print_inputs"](example["kept_inputs"](model))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-9] == "3 of 64 pixels, the first map; 1 of 512 shuffled copies."
+    assert lines[-8].startswith("#......# ........")
+    assert lines[-7].startswith("#....... ........")
+    assert lines[-1].startswith("........ .......# ........")
+
+
+def test_compare_weight_decay_spoils_what_the_setting_says() -> None:
+    pytest.importorskip("scipy")
+    example = runpy.run_path(str(EXAMPLES / "compare_weight_decay.py"))
+    load, settings = example["load_data"], example["SETTINGS"]
+    wrong = load(settings["wrong-labels"], 0)
+    clean = load(replace(settings["wrong-labels"], wrong_labels=0.0), 0)
+    share = {name: (wrong[name].y != clean[name].y).double().mean().item() for name in wrong}
+    assert share["train"] == pytest.approx(0.3, abs=0.06)
+    assert share["validation"] == pytest.approx(0.3, abs=0.06)
+    assert share["test"] == 0
+    noise = torch.cat([split.x for split in load(settings["noise-inputs"], 0).values()]).view(-1, 9, 64)
+    noise = noise[:, :, (noise.std(dim=0) > 0).all(dim=0)]  # not blank in the training images
+    grey = noise - noise.amin(dim=0)
+    grey = 16 * grey / grey.amax(dim=0)  # undoes the standardization
+    torch.testing.assert_close(grey[:, 0].sort(dim=0).values, grey[:, 8].sort(dim=0).values)
+    assert (grey[:, 0] - grey[:, 8]).abs().mean() > 1
 
 
 def test_same_lambda_every_optimizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,9 +75,8 @@ def test_it_is_the_lasso_under_every_optimizer(diabetes, name, mode):
 
 @pytest.mark.parametrize("name", ["RMSprop", "Adagrad", "Adadelta", "Adamax"])
 def test_with_lr_as_the_step_it_is_another_problem(diabetes, name):
-    found, objective, stationarity = lasso(
-        diabetes, OPTIMIZERS[name], "proximal", steps=500, decayed=400, metric="euclidean"
-    )
+    kw = {"steps": 500, "decayed": 400, "metric": "euclidean"}
+    found, objective, stationarity = lasso(diabetes, OPTIMIZERS[name], "proximal", **kw)
     assert np.flatnonzero(found).tolist() != SUPPORT
     assert objective > OBJECTIVES[10] * 1.01
     assert stationarity > 1e-2

@@ -15,6 +15,12 @@ Arguments:
         `torch_regpen.groups`. A tensor that cannot be divided into these groups raises `ValueError`.
     knee, eps: in units of the weights, more than 0; other values raise `ValueError`.
 
+Example:
+    >>> import torch, torch_regpen.functional as F
+    >>> w = torch.tensor([3.0, -0.5])
+    >>> F.l1_value(w), F.l1_grad(w), F.l1_prox(w, t=1.0)
+    (tensor(3.5000), tensor([ 1., -1.]), tensor([2., 0.]))
+
 Sources: Tibshirani 1996 (L1), Zou and Hastie 2005 (elastic net), Yuan and Lin 2006 (group lasso), Parikh and Boyd 2014
 (proximal maps).
 """
@@ -73,9 +79,6 @@ Function = Callable[[Tensor], Tensor]
 L1 = ScalarElasticNet(1.0, 0.0)
 
 
-# Every penalty is a scalar function rho of the magnitudes u_g that a grouping defines.
-
-
 def value(rho: Function, w: Tensor, grouping: Grouping, factor: Threshold = 1.0) -> Tensor:
     """`sum_g n_g * factor_g * rho(u_g)`, where `u_g` is the magnitude and `n_g` the weight of group g."""
     u, _ = grouping.polar(w)
@@ -112,9 +115,6 @@ def soft_threshold(w: Tensor, t: Threshold) -> Tensor:
         return prox(lambda u: L1.rho_prox(u, t), w, Elements())
     x = w.to(working_dtype(w.dtype))
     return (x - torch.clamp(x, -t, t)).to(w.dtype)  # type: ignore[arg-type]  # both numbers, or both tensors
-
-
-# Penalties on single elements, then on groups and on singular values.
 
 
 def l1_value(w: Tensor) -> Tensor:

@@ -60,8 +60,8 @@ class Penalty(PenalizedParameters):
         scale: if False, a group has magnitude `||w_g||` and counts once.
         center: "initial" (a copy of the present weights) or a state dict: penalize `w - center`. With L2 this is L2-SP
             (Li, Grandvalet and Davoine 2018). It is not saved in `state_dict()`.
-        weights: a dict from name to non-negative factors on lambda, one per element, or per group if there are groups
-            (adaptive lasso, Zou 2006); default 1.
+        weights: a dict from name to non-negative factors on lambda, one per element or per group (adaptive lasso, Zou
+            2006); default 1.
 
     Raises:
         TypeError: `lam` is not a number; `params` has none of these forms.

@@ -1,12 +1,27 @@
-"""Penalties on the weights of any PyTorch model: in the loss, in the optimizer, with exact zeros."""
+"""Weight penalties for PyTorch models: add them to the loss, or let the optimizer apply them and get exact zeros.
 
-from . import functional, groups
+Example:
+    >>> import torch, torch_regpen
+    >>> model = torch.nn.Linear(4, 2)
+    >>> penalty = torch_regpen.L1(model, lam=1e-3)
+    >>> loss = model(torch.ones(1, 4)).square().mean() + penalty()  # in the loss, or in the optimizer:
+    >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> optimizer = torch_regpen.RegularizedOptimizer(sgd, penalty, "proximal")
+"""
+
+from importlib import metadata as _metadata
+
+from . import compare, functional, groups
 from .optim import RegularizedOptimizer
 from .penalties.activity import ActivityPenalty
 from .penalties.base import Penalty, Sum
 from .penalties.convex import L1, L2, ElasticNet, GroupLasso, NuclearNorm, SparseGroupLasso
 from .penalties.nonconvex import L0, MCP, SCAD, LHalf, LogSum
 from .penalties.orthogonal import Orthogonal
+from .schedules import TargetSparsity
+from .tensorboard import WeightLogger
+
+__version__ = _metadata.version(__name__)
 
 __all__ = [
     "L0",
@@ -25,6 +40,10 @@ __all__ = [
     "RegularizedOptimizer",
     "SparseGroupLasso",
     "Sum",
+    "TargetSparsity",
+    "WeightLogger",
+    "__version__",
+    "compare",
     "functional",
     "groups",
 ]

@@ -1,10 +1,17 @@
-"""The scalar penalties: `rho(u)` of magnitudes `u >= 0`, its derivative and its proximal map, each whole in one class.
+"""Scalar penalties: each class defines one function `rho(u)` of magnitudes `u >= 0` by three methods.
 
-- `rho(u)` is the penalty;
-- `rho_grad(u)` is its derivative, at 0 the right derivative, which may be infinite;
-- `rho_prox(u, t)` is `argmin_{v >= 0} 1/2 (v - u)^2 + t * rho(v)`; `t` is a float or a tensor that broadcasts.
+- `rho(u)` returns the value.
+- `rho_grad(u)` returns the derivative; at 0 it is the right derivative, which may be infinite.
+- `rho_prox(u, t)` returns `argmin_{v >= 0} 1/2 (v - u)^2 + t * rho(v)`. `t` is a float or a tensor that broadcasts
+  to `u`.
 
-All are elementwise. The kinds of penalty inherit from these classes, and the functions of `functional` use them.
+All methods are elementwise. The penalty classes inherit from these classes; `torch_regpen.functional` also uses them.
+
+Example:
+    >>> import torch
+    >>> from torch_regpen.scalar import ScalarL0
+    >>> ScalarL0().rho_prox(torch.tensor([0.5, 3.0]), t=0.5)
+    tensor([0., 3.])
 """
 
 from __future__ import annotations
@@ -33,7 +40,7 @@ class ScalarElasticNet:
         self.coefficients = linear, quadratic
 
     def rho(self, u: Tensor) -> Tensor:
-        """`a*u + b*u^2`; a coefficient of 0 takes no part, because 0 times infinity is NaN."""
+        """`a*u + b*u^2`. A term whose coefficient is 0 is left out, because 0 times infinity is NaN."""
         linear, quadratic = self.coefficients
         if not quadratic:
             return linear * u
@@ -55,7 +62,10 @@ class ScalarMCP:
     """`rho(u) = u - u^2/(2*knee)` up to the knee, then `knee/2` (Zhang 2010).
 
     Args:
-        knee: in units of the weights, more than 0.
+        knee: the magnitude above which `rho` is constant, in units of the weights; more than 0.
+
+    Raises:
+        ValueError: `knee` is not positive and finite.
     """
 
     def __init__(self, knee: float) -> None:
@@ -71,7 +81,7 @@ class ScalarMCP:
         return (1 - u / self.knee).clamp_min(0)
 
     def rho_prox(self, u: Tensor, t: Threshold) -> Tensor:
-        """Firm threshold for `t < knee`; for larger `t` a hard threshold at `sqrt(t*knee)`, 0 at the jump itself."""
+        """Firm threshold if `t < knee`, else hard threshold at `sqrt(t*knee)`; at the jump it returns 0."""
         t, knee = _as_tensor_like(t, u), self.knee
         firm = torch.where(u <= knee, _ratio((u - t).clamp_min(0), 1 - t / knee).clamp_max(knee), u)
         hard = u.masked_fill(u <= (t * knee).sqrt(), 0)
@@ -79,11 +89,14 @@ class ScalarMCP:
 
 
 class ScalarSCAD:
-    """With `k = knee/a`: `rho(u) = u` up to k, then a parabola whose slope falls to 0 at the knee (Fan and Li 2001).
+    """`rho(u) = u` up to `knee/a`, then a parabola whose slope falls to 0 at the knee, then constant (Fan and Li 2001).
 
     Args:
-        knee: in units of the weights, more than 0.
-        a: more than 1.
+        knee: the magnitude above which `rho` is constant, in units of the weights; more than 0.
+        a: the ratio of the knee to the magnitude at which the slope begins to fall; more than 1.
+
+    Raises:
+        ValueError: `knee` or `a` is out of range.
     """
 
     def __init__(self, knee: float, a: float = 3.7) -> None:
@@ -97,14 +110,14 @@ class ScalarSCAD:
         return torch.where(u <= k, u, (2 * knee * u - u.square() - k * k) / (2 * (a - 1) * k))
 
     def rho_grad(self, u: Tensor) -> Tensor:
-        """1 up to `knee/a`, falling in a line to 0 at the knee."""
+        """1 up to `knee/a`, then linear down to 0 at the knee."""
         return ((self.knee - u) / ((self.a - 1) * self.knee / self.a)).clamp(0, 1)
 
     def rho_prox(self, u: Tensor, t: Threshold) -> Tensor:
-        """Soft threshold up to `k + t`, `u` beyond the knee, and a line between, for `t < (a-1)*k`, `k = knee/a`.
+        """With `k = knee/a`, for `t < (a-1)*k`: soft threshold up to `k + t`, `u` above the knee, a line between.
 
-        For larger `t` the line falls, and the prox jumps from the soft threshold to `u`: at `((a+1)*k + t) / 2`, or
-        from 0 at `sqrt((a+1)*k*t)`. At the jump it takes the lower end.
+        For larger `t` the prox jumps from the soft threshold to `u`. The jump is at `((a+1)*k + t) / 2` if
+        `t < (a+1)*k`, else at `sqrt((a+1)*k*t)`. At the jump it returns the lower value.
         """
         t, knee, a, k = _as_tensor_like(t, u), self.knee, self.a, self.knee / self.a
         slope = t / ((a - 1) * k)
@@ -119,7 +132,10 @@ class ScalarLogSum:
     """`rho(u) = eps*log(1 + u/eps)` (Candes, Wakin and Boyd 2008).
 
     Args:
-        eps: in units of the weights, more than 0.
+        eps: the magnitude at which the slope has fallen to 1/2, in units of the weights; more than 0.
+
+    Raises:
+        ValueError: `eps` is not positive and finite.
     """
 
     def __init__(self, eps: float) -> None:
@@ -134,11 +150,11 @@ class ScalarLogSum:
         return 1 / (1 + u / self.eps)
 
     def rho_prox(self, u: Tensor, t: Threshold) -> Tensor:
-        """The larger root of `(v - u)*(v + eps) + t*eps = 0` where it exists and beats 0; it jumps for `t > eps`."""
+        """The larger root of `(v - u)*(v + eps) + t*eps = 0` if its objective is below that of 0, else 0."""
         eps = self.eps
         total = u + eps
-        root = total * (1 - 4 * (eps / total) * (t / total)).clamp_min(0).sqrt()  # without squares that overflow
-        # (u - eps + root) / 2, without the cancellation where u < eps
+        root = total * (1 - 4 * (eps / total) * (t / total)).clamp_min(0).sqrt()  # written so that no square overflows
+        # (u - eps + root) / 2, in a form that avoids cancellation if u < eps
         v = torch.where(u < eps, 2 * eps * (u - t) / (eps - u + root), (u - eps + root) / 2).clamp_min(0)
         return v.masked_fill(0.5 * v - u + t * self.rho(v) / v >= 0, 0)
 
@@ -156,7 +172,7 @@ class ScalarLHalf:
         return 0.5 * u.rsqrt()
 
     def rho_prox(self, u: Tensor, t: Threshold) -> Tensor:
-        """Half threshold: the largest root of `s^3 - u*s + t/2 = 0`, squared, above `u = 1.5 * t^(2/3)`; else 0."""
+        """Half threshold: if `u > 1.5 * t^(2/3)`, the square of the largest root of `s^3 - u*s + t/2 = 0`; else 0."""
         t = _as_tensor_like(t, u)
         threshold = 1.5 * t.pow(2 / 3)
         angle = (-(threshold / u).pow(1.5) / math.sqrt(2)).clamp(-1, 1).acos() / 3
@@ -164,23 +180,23 @@ class ScalarLHalf:
 
 
 class ScalarL0:
-    """`rho(u) = 1` where `u > 0`, else 0 (Blumensath and Davies 2008)."""
+    """`rho(u) = 1` if `u > 0`, else 0 (Blumensath and Davies 2008)."""
 
     def rho(self, u: Tensor) -> Tensor:
-        """1 where `u > 0`."""
+        """1 if `u > 0`, else 0. NaN stays NaN."""
         return torch.where(u.isnan(), u, (u != 0).to(u.dtype))
 
     def rho_grad(self, u: Tensor) -> Tensor:
-        """0, and infinite at 0: every gradient is a subgradient there."""
+        """0 for `u > 0`; infinite at 0, where every number is a subgradient."""
         return torch.where(u == 0, torch.inf, 0 * u)
 
     def rho_prox(self, u: Tensor, t: Threshold) -> Tensor:
-        """Hard threshold at `sqrt(2*t)`, 0 at the jump itself."""
+        """Hard threshold at `sqrt(2*t)`; at the jump it returns 0."""
         return u.masked_fill(u <= (2 * _as_tensor_like(t, u)).sqrt(), 0)
 
 
 def _as_tensor_like(t: Threshold, u: Tensor) -> Tensor:
-    """`t` as a tensor of the dtype and on the device of `u`, without waiting for the device."""
+    """`t` as a tensor with the dtype and device of `u`, without synchronizing with the device."""
     return torch.as_tensor(t, dtype=u.dtype).to(u.device, non_blocking=True)
 
 

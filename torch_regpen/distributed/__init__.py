@@ -1,1 +1,1 @@
-"""Sharded tensors: shards, reductions over ranks, and FSDP2."""
+"""Sharded tensors (DTensor): shards, reductions over ranks, and FSDP2."""

@@ -1,4 +1,4 @@
-"""FSDP2: the sharded parameters behind the copies that it gathers for a forward and its backward."""
+"""FSDP2: find the sharded parameters while FSDP2 has unsharded them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ __all__ = ["unsharded_to_sharded"]
 
 
 def unsharded_to_sharded() -> dict[int, Tensor]:
-    """The id of each parameter that FSDP2 has unsharded now, and its sharded parameter.
+    """Map the id of each parameter that FSDP2 has currently unsharded to its sharded parameter.
 
-    Between a forward and its backward FSDP2 puts gathered copies into the modules, in the low precision of its policy
-    if it has one; after a forward without a backward they stay there. The optimizer owns the sharded parameters.
+    From a forward to its backward, FSDP2 replaces the sharded parameters in the modules by gathered copies (in low
+    precision under a mixed precision policy). After a forward without backward the copies remain. The optimizer owns
+    the sharded parameters, so these are the ones to penalize.
     """
     found: dict[int, Tensor] = {}
     if torch.compiler.is_compiling():
         return found
-    # PyTorch has no public function for this. If these names change, the copies are penalized.
+    # PyTorch has no public function for this. If these private names change, the copies would be penalized.
     for reference in list(getattr(_composable_state, "_module_state_mapping", {}).values()):
         state = reference()
         groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]

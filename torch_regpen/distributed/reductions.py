@@ -23,10 +23,10 @@ __all__ = ["AcrossShards", "max_over_ranks", "reduce_shards", "sum_over_ranks", 
 
 
 def max_over_ranks(values: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """The largest of some 0-dim values, over all ranks.
+    """Return the largest of some 0-dim tensors, over all ranks. If one is NaN, the result is NaN.
 
     Args:
-        values: each with the parameter that it comes from: a value is of this rank's shard of the parameter.
+        values: pairs of a value and the parameter it was computed from, on the shard of this rank.
     """
     largest: dict[Along | None, list[Tensor]] = {}
     for value, w in values:
@@ -36,7 +36,7 @@ def max_over_ranks(values: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     for along, found in largest.items():
         top = torch.stack([x.to(found[0]) for x in found]).max()
         if along is not None and along[1]:
-            # Some backends let a NaN get lost in a maximum.
+            # In some backends a maximum ignores NaN.
             pair = _all_reduce_(torch.stack([top.nan_to_num(torch.inf), top.isnan().to(top)]), along, "MAX")
             top = pair[0].masked_fill(pair[1] > 0, torch.nan)
         tops.append(top)
@@ -44,7 +44,7 @@ def max_over_ranks(values: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def reduce_shards(x: Tensor, like: Tensor, op: str) -> Tensor:
-    """The sum or the maximum (`op="sum"`, `"max"`) of `x` over the ranks that hold different shards of `like`."""
+    """The sum (`op="sum"`) or maximum ("max") of `x` over the ranks that hold different shards of `like`."""
     if not isinstance(like, DTensor):
         return x
     placements = [Replicate() if placement.is_replicate() else Partial(op) for placement in like.placements]
@@ -53,13 +53,14 @@ def reduce_shards(x: Tensor, like: Tensor, op: str) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class AcrossShards(NormGrouping):
-    """Groups of a sharded tensor that continue on other ranks, on the shard of this rank.
+    """The groups of a sharded tensor on the shard of this rank, if each group is divided over several ranks.
 
     Args:
-        grouping: the groups of the whole tensor.
+        grouping: the grouping of the whole tensor.
         shape: the shape of the whole tensor.
-        along: the mesh dimensions over which a group is sharded.
-        norms: the norms of the groups, where they are known already and need no gradient.
+        along: the mesh dimensions over which a group is divided.
+        norms: the norms of the groups, if they are already known and need no gradient.
+        scale: see `NormGrouping`.
     """
 
     grouping: NormGrouping
@@ -88,20 +89,20 @@ class AcrossShards(NormGrouping):
         return _all_reduce_(super().largest(x), self.along, "MAX")
 
     def all_known(self, condition: Tensor) -> bool:
-        return False  # it may not hold on other ranks, and all ranks must take part in the next collective
+        return False  # it may not hold on other ranks, and all ranks must call the next collective
 
     def squares(self, x: Tensor) -> Tensor:
-        """This rank's part of the squared norms, in float64, where squares of float32 do not overflow."""
+        """The part of this rank in the squared norms, in float64 to avoid overflow."""
         return self.grouping.norm(x).double().square()
 
     def root(self, squares: Tensor, dtype: torch.dtype) -> Tensor:
-        """The norms from their squares; the gradient at a norm of zero is zero."""
+        """The norms from their squares. At a norm of 0 the gradient is 0."""
         zero = squares == 0
         return squares.masked_fill(zero, 1).sqrt().masked_fill(zero, 0).to(working_dtype(dtype))
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """A sum over ranks. Each rank uses the sum for its own part of the value that is differentiated."""
+    """A differentiable sum over ranks. Its backward sums the gradients of all ranks, because each rank uses the sum."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, along: Along) -> Tensor:
@@ -114,7 +115,7 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def sum_over_ranks(xs: Sequence[tuple[Tensor, Along | None]]) -> list[Tensor]:
-    """Each tensor summed over the ranks along its mesh dimensions, in float64: one collective for each dimension."""
+    """Sum each tensor over the ranks along its mesh dimensions, in float64, with one collective per dimension."""
     sums = [x.double() for x, _ in xs]
     steps = dict.fromkeys((along[0], dim) for _, along in xs if along is not None for dim in along[1])
     for mesh, dim in steps:
@@ -126,7 +127,7 @@ def sum_over_ranks(xs: Sequence[tuple[Tensor, Along | None]]) -> list[Tensor]:
 
 
 def _all_reduce_(x: Tensor, along: Along, op: str = "SUM") -> Tensor:
-    """Reduce over the ranks along each mesh dimension, in place."""
+    """Reduce `x` over the ranks along each mesh dimension; in place if `x` is contiguous."""
     x = x.contiguous()
     mesh, dims = along
     for dim in dims:
@@ -135,5 +136,5 @@ def _all_reduce_(x: Tensor, along: Along, op: str = "SUM") -> Tensor:
 
 
 def without(along: Along | None, others: Along) -> Along | None:
-    """The mesh dimensions of the first that are not in the second."""
+    """The mesh dimensions in `along` that are not in `others`."""
     return along and (along[0], tuple(dim for dim in along[1] if dim not in others[1]))

@@ -1,6 +1,6 @@
-"""Shards: a DTensor (FSDP2, tensor parallelism, or both), the shard of it on this rank, and back.
+"""Convert between a DTensor (from FSDP2 or tensor parallelism) and the shard of it on this rank.
 
-This package is the only one that knows how PyTorch shards tensors, and that PyTorch can be built without
+Only `torch_regpen.distributed` depends on how PyTorch shards tensors. It also works if PyTorch was built without
 torch.distributed.
 """
 
@@ -19,32 +19,32 @@ except ImportError:
     Partial = Replicate = None  # type: ignore[assignment,misc]
 
     class DTensor(Tensor):  # type: ignore[no-redef]
-        """Stands for the class that this build of PyTorch does not have: no tensor is one."""
+        """A placeholder in builds of PyTorch without DTensor; it has no instances."""
 
 
 __all__ = ["Along", "DTensor", "Partial", "Replicate", "full_tensor", "local", "shard_like", "sharded_over"]
 
-Along = tuple["DeviceMesh", tuple[int, ...]]  # a mesh, and the dimensions of it over which something is sharded
+Along = tuple["DeviceMesh", tuple[int, ...]]  # a device mesh, and the mesh dimensions over which a tensor is sharded
 
 
 def local(w: Tensor) -> Tensor:
-    """The shard of this rank; any other tensor as it is."""
+    """The shard of `w` on this rank; a plain tensor is returned unchanged."""
     return w.to_local() if isinstance(w, DTensor) else w
 
 
 def full_tensor(x: Tensor) -> Tensor:
-    """The whole tensor, on every rank; a tensor that is not sharded as it is."""
+    """The whole tensor, gathered on every rank; a plain tensor is returned unchanged."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """`tensor` on the device of `parameter`, and sharded like it along the dimensions in which their sizes agree.
+    """Move `tensor` to the device of `parameter` and shard it like `parameter`, in dimensions of the same size.
 
     Args:
         tensor: a DTensor, or a plain tensor that is the same on every rank.
-        parameter: the parameter that it belongs to.
+        parameter: the parameter to which the tensor belongs.
     """
-    if tensor.device != parameter.device:  # under a transform of torch.func, to() wraps what it returns unchanged
+    if tensor.device != parameter.device:  # under torch.func, to() returns a wrapper even if nothing changes
         tensor = tensor.to(parameter.device)
     if not isinstance(parameter, DTensor):
         return full_tensor(tensor)

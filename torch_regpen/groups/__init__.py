@@ -1,8 +1,16 @@
-"""What a magnitude is: an element's modulus, a group's root mean square, a singular value.
+"""Groupings: which elements of a tensor form a group, and what the magnitude of a group is.
 
-A penalty sees a tensor only through its magnitudes. A grouping maps a tensor to magnitudes and directions
-(`Grouping.polar`) and can put new magnitudes along the old directions. Nothing else in the package knows how a group
-lies in its tensor.
+A magnitude is the modulus of an element, the root mean square of a group, or a singular value. A penalty depends on a
+tensor only through its magnitudes. `Grouping.polar` splits a tensor into magnitudes and directions; it also returns a
+function that combines new magnitudes with the old directions.
+
+Pass a grouping as `groups` to a penalty:
+
+    >>> import torch
+    >>> from torch_regpen import L1
+    >>> from torch_regpen.groups import Blocks
+    >>> L1([torch.ones(4, 4)], lam=0.5, groups=Blocks(2))().item()
+    8.0
 """
 
 from .coupled import Coupled

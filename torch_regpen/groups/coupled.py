@@ -1,4 +1,4 @@
-"""Groups that span several tensors: all that goes when a unit of a network goes."""
+"""Groups that span several tensors: everything that is removed together with a unit of a network."""
 
 from __future__ import annotations
 
@@ -10,36 +10,37 @@ __all__ = ["Coupled"]
 
 
 class Coupled:
-    """A group for each unit of a network (channel, neuron, attention head, LSTM unit) over all tensors that write it.
+    """One group for each unit of a network (channel, neuron, attention head, LSTM unit), over all its tensors.
 
-    A unit is what leaves the network together: its row in each layer that writes it, its bias, and its scale and shift
-    in the norms behind it. The layers of a residual stream share their units; the rows of a head in q, k and v are one
-    unit. A weight belongs to the unit that it writes; columns that read a unit are not penalized. Units that cannot
-    leave, as those of the model's output, are not penalized: `left` names their layers. The dependencies are found by
-    Torch-Pruning (Fang, Ma, Song, Mi and Wang 2023), and again where layers have changed their shape.
+    A unit is what pruning removes together: a row in each layer that writes the unit, its bias, and its scale and shift
+    in the following norm layers. All layers that write to a residual stream share its units; the rows of one head in q,
+    k and v are one unit. Each weight belongs to the unit that it writes; the columns that read a unit are not
+    penalized. Units that cannot be removed, such as the model's outputs, are not penalized; see `left`. Torch-Pruning
+    finds the dependencies (DepGraph: Fang, Ma, Song, Mi and Wang 2023), again whenever a layer changes its shape.
 
-    Give it as `groups` to a penalty on the same model. `select` and `exclude` then choose among the weights: units are
-    penalized where all their weights are chosen. It takes no `center` and no `weights`.
+    Pass it as `groups` to a penalty on the same model. A unit is penalized if `select` and `exclude` choose all its
+    weights. Such a penalty accepts neither `center` nor `weights`.
 
     Args:
-        model: the model, or the part of it, whose units are meant.
-        example_inputs: what the model is called with, once: a tensor, a tuple, or a dict of keyword arguments.
-        scale: False takes the norm of a group in place of its root mean square and counts each group once.
+        model: the model, or the submodule whose units to penalize.
+        example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments to call the model with, once.
+        scale: if False, the magnitude of a group is its norm, and each group counts once (see `NormGrouping`).
 
     Attributes:
-        left: the layers whose units cannot leave, by name, and why.
+        left: a dict from the name of each layer whose units cannot be removed to the reason.
 
     Raises:
-        ImportError: Torch-Pruning is missing.
-        TypeError: `model` is no module.
+        ImportError: Torch-Pruning is not installed (raised when the penalty is built).
+        TypeError: `model` is not a module.
 
     Example:
         >>> import torch
         >>> from torch import nn
         >>> from torch_regpen import GroupLasso
+        >>> from torch_regpen.groups import Coupled
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> penalty = GroupLasso(model, 0.1, groups=Coupled(model, torch.ones(1, 4)))
-        >>> [len(w) for _, w in penalty.named_parameters_penalized()]  # 8 neurons: weights and biases
+        >>> [len(w) for _, w in penalty.named_parameters_penalized()]  # 8 neurons: their weights and biases
         [8, 8]
     """
 

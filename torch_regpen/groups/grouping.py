@@ -1,4 +1,4 @@
-"""What a magnitude is: an element's modulus, a group's root mean square, a singular value."""
+"""The interface of a grouping, and the simplest one: every element is a group of its own."""
 
 from __future__ import annotations
 
@@ -14,39 +14,55 @@ Rebuild = Callable[[Tensor], Tensor]
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The real dtype in which magnitudes are computed: float64 for double precision, else float32."""
+    """The real dtype of magnitudes: float64 for float64 and complex128 tensors, else float32."""
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 class Grouping(ABC):
-    """How the elements of a tensor form groups."""
+    """Defines which elements of a tensor form a group, and the magnitude of a group.
+
+    Example:
+        >>> import torch
+        >>> from torch_regpen.groups import Slices
+        >>> u, rebuild = Slices(0).polar(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+        >>> rebuild(2 * u)  # twice the magnitudes, in the same directions
+        tensor([[6., 8.],
+                [0., 0.]])
+    """
 
     @abstractmethod
     def polar(self, w: Tensor) -> tuple[Tensor, Rebuild]:
-        """The magnitudes `u` of the groups of `w`, and the map from new magnitudes to a tensor with the old directions.
+        """Return the magnitudes of the groups of `w`, and a function from new magnitudes to a tensor like `w`.
 
-        The directions of a zero group are zero: whatever its new magnitude, it stays zero.
+        The function keeps the direction of each group. A zero group has direction zero, so it stays zero.
         """
 
     def count(self, shape: torch.Size) -> int:
-        """How often a group counts: its number of elements, or once."""
+        """The factor `n_g` on each group in the penalty: its number of elements, or 1."""
         return 1
 
-    def check(self, shape: torch.Size) -> None:  # noqa: B027  most fit every shape
-        """Raise `ValueError` where a tensor of this shape cannot be grouped so."""
+    def check(self, shape: torch.Size) -> None:  # noqa: B027  most groupings accept every shape
+        """Raise `ValueError` if a tensor of this shape cannot be divided into these groups."""
 
     @abstractmethod
     def magnitudes_shape(self, shape: torch.Size) -> torch.Size:
-        """The shape of the magnitudes of a tensor of this shape."""
+        """The shape of the magnitudes of a tensor of shape `shape`."""
 
     def separates(self, dim: int, ndim: int) -> bool:
-        """Whether each slice of a tensor along a dimension holds whole groups."""
+        """Whether no group crosses from one slice along `dim` of an `ndim`-dimensional tensor to another."""
         return False
 
 
 @dataclass(frozen=True)
 class Elements(Grouping):
-    """Each element is a group of its own; its magnitude is its modulus."""
+    """Each element is a group of its own; its magnitude is `|w|`.
+
+    Example:
+        >>> import torch
+        >>> from torch_regpen.groups import Elements
+        >>> Elements().polar(torch.tensor([1.0, -2.0]))[0]
+        tensor([1., 2.])
+    """
 
     def polar(self, w: Tensor) -> tuple[Tensor, Rebuild]:
         u = w.abs().to(working_dtype(w.dtype))
@@ -61,15 +77,15 @@ class Elements(Grouping):
         return True
 
     def spread(self, magnitudes: Tensor, w: Tensor) -> Tensor:
-        """One number for each group, as one for each element of `w`."""
+        """Expand one number per group to one per element of `w`."""
         return magnitudes
 
 
 def largest(x: Tensor) -> Tensor:
-    """The largest of all elements, 0-dim; 0 where there are none, as on ranks that hold nothing of a tensor."""
+    """The largest element, 0-dim; 0 for an empty tensor, such as the shard of a rank that holds no elements."""
     return x.max() if x.numel() else x.new_zeros(())
 
 
 def _ratio(magnitude: Tensor, u: Tensor) -> Tensor:
-    """`magnitude / u`, and 0 where `u` is 0: a zero group has no direction. NaN stays NaN."""
+    """`magnitude / u`, or 0 where `u` is 0, since a zero group has no direction. NaN stays NaN."""
     return magnitude / u.masked_fill(u == 0, math.inf)

@@ -1,4 +1,4 @@
-"""How groups lie in a tensor: slices, blocks, units of a layer, heads."""
+"""Groupings of a tensor into slices, blocks, units of a layer, or attention heads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,19 @@ from .norms import NormGrouping
 
 @dataclass(frozen=True)
 class Slices(NormGrouping):
-    """One group for each index along a dimension: a row, a column, a filter."""
+    """One group for each index along a dimension: rows, columns, filters.
+
+    Args:
+        dim: the dimension; a negative one counts from the end.
+        scale: see `NormGrouping`.
+
+    Example:
+        >>> import torch
+        >>> from torch_regpen.groups import Slices
+        >>> Slices(0, scale=False).polar(torch.tensor([[3.0, 4.0], [6.0, 8.0]]))[0]
+        tensor([[ 5.],
+                [10.]])
+    """
 
     dim: int
 
@@ -32,7 +44,17 @@ class Slices(NormGrouping):
 
 @dataclass(frozen=True)
 class WholeTensor(NormGrouping):
-    """The whole tensor is one group."""
+    """The whole tensor is one group.
+
+    Args:
+        scale: see `NormGrouping`.
+
+    Example:
+        >>> import torch
+        >>> from torch_regpen.groups import WholeTensor
+        >>> WholeTensor().polar(torch.full((2, 2), 3.0))[0]
+        tensor([[3.]])
+    """
 
     def view(self, w: Tensor) -> Tensor:
         return w
@@ -43,11 +65,21 @@ class WholeTensor(NormGrouping):
 
 @dataclass(frozen=True)
 class Blocks(NormGrouping):
-    """`k` consecutive elements of the flattened tensor form a group.
+    """Each `k` consecutive elements of the flattened tensor form a group.
 
     Args:
-        k: the size of a block, 1 or more; a tensor with a remainder raises `ValueError`.
-        scale: False takes the norm in place of the root mean square and counts each block once.
+        k: the number of elements in a block, 1 or more.
+        scale: see `NormGrouping`.
+
+    Raises:
+        ValueError: `k` is not a positive int, or does not divide the number of elements (when used).
+
+    Example:
+        >>> import torch
+        >>> from torch_regpen.groups import Blocks
+        >>> Blocks(2, scale=False).polar(torch.tensor([3.0, 4.0, 0.0, 0.0]))[0]
+        tensor([[5.],
+                [0.]])
     """
 
     k: int
@@ -70,11 +102,19 @@ class Blocks(NormGrouping):
 
 @dataclass(frozen=True)
 class Units(NormGrouping):
-    """One group for each index along some dimensions of a tensor, once it is viewed in another shape.
+    """One group for each combination of indices along chosen dimensions, after the tensor is reshaped.
 
     Args:
-        shape: the shape of the view.
-        kept: its dimensions along which the groups lie; all others run inside a group.
+        shape: the new shape.
+        kept: the dimensions of the new shape that index the groups; the others run inside a group.
+        scale: see `NormGrouping`.
+
+    Example:
+        >>> import torch
+        >>> from torch_regpen.groups import Units
+        >>> gru = Units((3, 8, 4), kept=(1,))  # 3 gates, 8 hidden units, 4 inputs
+        >>> gru.magnitudes_shape(torch.Size([24, 4]))
+        torch.Size([1, 8, 1])
     """
 
     shape: tuple[int, ...]
@@ -89,17 +129,27 @@ class Units(NormGrouping):
 
 @dataclass(frozen=True)
 class Heads(NormGrouping):
-    """The rows (or columns) of each head of an attention layer are a group: those of q, k and v where they are stacked.
+    """One group for each head of an attention layer: its rows (or columns), in q, k and v together if they are stacked.
 
-    On a model it means the projections to queries, keys and values, unless `select` says otherwise, and cuts each as
-    its layer does: rows of `in_proj_weight`, `qkv` and `q_proj`, columns of the Conv1D of transformers and of an output
-    projection that is selected. A projection that queries share (grouped-query attention) has fewer heads.
+    A penalty on a model with these groups penalizes the projections to queries, keys and values, unless `select` is
+    given. It divides each as its layer does: the rows of `in_proj_weight`, `qkv` and `q_proj`; the columns of a Conv1D
+    of transformers, and of an output projection if selected. In grouped-query attention the projections to keys and
+    values have fewer heads.
 
     Args:
-        n: the number of heads, 1 or more; a dimension that it does not divide raises `ValueError`.
-        dim: the dimension along which the heads lie; None goes by the layer, and is 0 where there is none. A layer of
-            your own whose `qkv` stacks head by head needs it: without, q, k and v are taken to lie one after another.
-        scale: False takes the norm in place of the root mean square and counts each head once.
+        n: the number of heads, 1 or more.
+        dim: the dimension along which the heads lie. None takes it from the layer, or 0 for a bare tensor. Set it for
+            your own layer if its stacked `qkv` is ordered head by head; by default q, k and v follow one another.
+        scale: see `NormGrouping`.
+
+    Raises:
+        ValueError: `n` is not a positive int, or does not divide the dimension (when used).
+
+    Example:
+        >>> import torch
+        >>> from torch_regpen.groups import Heads
+        >>> Heads(2).polar(torch.tensor([1.0, 1.0, 5.0, 5.0]))[0].flatten()
+        tensor([1., 5.])
     """
 
     n: int
@@ -126,11 +176,11 @@ class Heads(NormGrouping):
 def _check_dim(dim: int, shape: torch.Size) -> None:
     if not -len(shape) <= dim < len(shape):
         raise ValueError(
-            f"groups along dimension {dim} of a tensor of shape {tuple(shape)}, which has {len(shape)} dimension(s); "
-            "leave it out with `select`, or choose another grouping"
+            f"cannot group along dimension {dim}: the tensor of shape {tuple(shape)} has {len(shape)} dimension(s); "
+            "exclude it with `select`, or choose another grouping"
         )
 
 
 def _check_positive(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a whole number, 1 or more, not {value!r}")
+        raise ValueError(f"{name} must be a whole number, 1 or more, but got {value!r}")

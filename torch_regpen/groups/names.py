@@ -1,4 +1,4 @@
-"""What a user's `groups` means."""
+"""Turn the argument `groups` of a penalty into a grouping."""
 
 from __future__ import annotations
 
@@ -16,11 +16,21 @@ NAMES = "'output', 'input' and 'tensor'"
 
 
 def resolve(groups: Groups | None, scale: bool = True) -> Grouping:
-    """The grouping that a user's `groups` means for a tensor without a module, or with the layout of a Linear.
+    """Return the grouping that `groups` means for a bare tensor, or for a weight with the layout of `nn.Linear`.
+
+    Args:
+        groups: None (elements), `"output"` (dimension 0), `"input"` (dimension 1), `"tensor"` (one group), an int (that
+            dimension), or a `Grouping`.
+        scale: see `NormGrouping`.
 
     Raises:
-        ValueError: an unknown name.
-        TypeError: anything but None, a name, an int or a `Grouping`.
+        ValueError: `groups` is an unknown name.
+        TypeError: `groups` has another type, or is `Coupled`, which needs a model.
+
+    Example:
+        >>> from torch_regpen.groups import resolve
+        >>> resolve("input")
+        Slices(scale=True, dim=1)
     """
     if groups is None:
         return Elements()
@@ -35,7 +45,9 @@ def resolve(groups: Groups | None, scale: bool = True) -> Grouping:
     if groups == "tensor":
         return WholeTensor(scale=scale)
     if isinstance(groups, Coupled):
-        raise TypeError("the groups of Coupled span tensors of a model; give them to a penalty on that model")
+        raise TypeError("Coupled groups span several tensors of a model; pass them to a penalty on that model")
     if isinstance(groups, str):
-        raise ValueError(f"groups={groups!r}: the names are {NAMES}; an int names a dimension")
-    raise TypeError(f"groups must be None, one of {NAMES}, an int or a Grouping of torch_regpen.groups, not {groups!r}")
+        raise ValueError(f"unknown groups={groups!r}: the names are {NAMES}; an int is a dimension")
+    raise TypeError(
+        f"groups must be None, one of {NAMES}, an int or a Grouping from torch_regpen.groups, but got {groups!r}"
+    )

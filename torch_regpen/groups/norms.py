@@ -1,4 +1,4 @@
-"""Groups whose magnitude is their norm."""
+"""Groupings whose magnitude is a norm or a root mean square."""
 
 from __future__ import annotations
 
@@ -12,50 +12,59 @@ from torch import Tensor
 
 from .grouping import Grouping, Rebuild, _ratio, largest, working_dtype
 
-LONG = 1 << 14  # elements of which a norm in float32 is taken at once on a CPU; of more it drifts
-
-
-PART = 1 << 9  # elements of the parts into which a longer one is cut
+LONG = 1 << 14  # on a CPU, float32 norms over more elements than this accumulate too much rounding error
+PART = 1 << 9  # longer ones are computed from norms of parts of this many elements
 
 
 @dataclass(frozen=True, kw_only=True)
 class NormGrouping(Grouping):
-    """Groups whose magnitude is their root mean square, each counted once for each of its elements.
+    """Groups with magnitude `||w_g|| / sqrt(n_g)`, each weighted by its size `n_g`; the base of all groups of elements.
 
     Args:
-        scale: False takes the norm in place of the root mean square and counts each group once.
+        scale: if False, the magnitude is the norm `||w_g||` and each group has weight 1.
+
+    Example:
+        >>> import torch
+        >>> from torch_regpen.groups import NormGrouping, Slices
+        >>> rows = Slices(0)
+        >>> isinstance(rows, NormGrouping), rows.count(torch.Size([2, 5]))
+        (True, 5)
     """
 
     scale: bool = True
 
     @abstractmethod
     def view(self, w: Tensor) -> Tensor:
-        """`w` in a shape in which the groups lie along whole dimensions."""
+        """Reshape `w` so that each group spans whole dimensions."""
 
     @abstractmethod
     def dims(self, ndim: int) -> list[int]:
-        """The dimensions of that view, of `ndim` dimensions, that run inside a group."""
+        """The dimensions of the view that run inside a group.
+
+        Args:
+            ndim: the number of dimensions of the view.
+        """
 
     def polar(self, w: Tensor) -> tuple[Tensor, Rebuild]:
         x, u = self._magnitudes(w)
         return u, lambda magnitude: (x * _ratio(magnitude, u)).reshape(w.shape)
 
     def _magnitudes(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """The view of `w`, and the magnitude of each group, broadcastable to it."""
+        """Return the view of `w` and the magnitude of each group, which broadcasts to the view."""
         x = self.view(w)
         return x, self.norm(x) / math.sqrt(self.count(w.shape))
 
     def scale_(self, w: Tensor, change: Callable[[Tensor], Tensor]) -> None:
-        """Give each group of `w` the magnitude `change(u)`, in place; `view(w)` has to be one."""
+        """Change the magnitude of each group from `u` to `change(u)`, in place. `view(w)` must not copy."""
         x, u = self._magnitudes(w)
         x.mul_(_ratio(change(u), u))
 
     def spread(self, magnitudes: Tensor, w: Tensor) -> Tensor:
-        """One number for each group, as one for each element of `w`."""
+        """Expand one number per group to one per element of `w`."""
         return magnitudes.expand(self.view(w).shape).reshape(w.shape)
 
     def norm(self, x: Tensor) -> Tensor:
-        """The norm of each group of a view, broadcastable to it."""
+        """The norm of each group of a view `x`; broadcasts to it."""
         dims = self.dims(x.ndim)
         if not dims:
             return x.abs().to(working_dtype(x.dtype))
@@ -71,23 +80,25 @@ class NormGrouping(Grouping):
         return x
 
     def totals(self, *xs: Tensor) -> tuple[Tensor, ...]:
-        """The sum over each group of each of some views of one shape, broadcastable to them."""
+        """The sum over each group, for several views of the same shape; each result broadcasts to its view."""
         dims = self.dims(xs[0].ndim)
         return tuple(x.sum(dim=dims, keepdim=True) for x in xs) if dims else xs
 
     def all_known(self, condition: Tensor) -> bool:
-        """Whether it holds for all groups, where that can be asked: on a CPU, where nobody waits for the answer."""
+        """Whether `condition` is known to hold for all groups; False off the CPU, where asking would synchronize."""
         return type(condition) is Tensor and condition.device.type == "cpu" and not _traced() and bool(condition.all())
 
     def largest(self, x: Tensor) -> Tensor:
-        """The largest element of each group of a view, 0 or more, broadcastable to it."""
+        """The largest element of each group of a non-negative view; broadcasts to it."""
         dims = self.dims(x.ndim)
         if not dims:
             return x
-        return x.amax(dim=dims, keepdim=True) if x.numel() else x.sum(dim=dims, keepdim=True)  # amax of nothing raises
+        return (
+            x.amax(dim=dims, keepdim=True) if x.numel() else x.sum(dim=dims, keepdim=True)
+        )  # amax raises for empty tensors
 
     def size(self, shape: torch.Size) -> int:
-        """The number of elements of a group."""
+        """The number of elements in a group."""
         return max(math.prod(shape) // max(math.prod(self.magnitudes_shape(shape)), 1), 1)
 
     def count(self, shape: torch.Size) -> int:
@@ -100,10 +111,10 @@ class NormGrouping(Grouping):
         return torch.Size(sizes)
 
     def excess(self, w: Tensor, residual: Tensor, slope: Tensor) -> Tensor:
-        """The largest norm of `residual` over groups, 0-dim, less `slope * sqrt(count)` where the group of `w` is zero.
+        """`max_g max(||residual_g|| - r_g, 0)`, 0-dim, where `r_g = slope * sqrt(count)` if `w_g` is zero, else 0.
 
-        With `residual = -grad - subgradient` and the slope of the penalty at zero, it is the distance to the
-        subdifferential.
+        With `residual = -grad - subgradient` and `slope` the derivative of the penalty at zero, this is the distance of
+        `-grad` to the subdifferential.
         """
         u, _ = self.polar(w)
         radius = torch.where(u == 0, slope * math.sqrt(self.count(w.shape)), 0)
@@ -111,13 +122,13 @@ class NormGrouping(Grouping):
 
 
 def _traced() -> bool:
-    """Whether what is computed may be differentiated, transformed or compiled."""
+    """Whether the computation may be differentiated, transformed by torch.func or compiled."""
     transformed: bool = torch._C._are_functorch_transforms_active()
     return torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed
 
 
 def _norm_along(x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
-    """The norm over a dimension, which is kept; by norms of parts that are short enough for float32 not to drift."""
+    """The norm over one dimension, which is kept. Long ones are split, to limit rounding errors in float32."""
     size = x.shape[dim]
     norms: Tensor
     if size <= LONG:
@@ -134,7 +145,7 @@ def _norm_along(x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
 
 
 def _norm_across(x: Tensor, dims: list[int]) -> Tensor:
-    """The norm over dim 0 and others, in the order of memory: vector_norm strides through it, and drifts."""
+    """The norm over dimension 0 and others, in memory order; vector_norm would be slower and less accurate here."""
     dtype = working_dtype(x.dtype)
     squares = torch.zeros((1, *x.shape[1:]), dtype=torch.float64, device=x.device)
     for rows in x.split(max(1, (len(x) << 16) // max(x.numel(), 1))):

@@ -13,11 +13,18 @@ from .grouping import Grouping, Rebuild, working_dtype
 
 @dataclass(frozen=True)
 class SingularValues(Grouping):
-    """The magnitudes are the singular values of the tensor flattened to dim 0 by the rest, each counted once.
+    """The magnitudes are the singular values of the tensor, as a matrix with `w.shape[0]` rows; each counts once.
 
-    Each use costs a singular value decomposition, `O(m * n * min(m, n))`: for a square layer of a thousand units about
-    a second on a CPU. Singular values up to `eps * max(m, n)` times the largest count as zero: rounding makes them of
-    zeros (with the eps of float32 at most: the elements of half types are rounded to ones that are not).
+    Each use computes a singular value decomposition, in `O(m * n * min(m, n))` time for an `m x n` matrix: about a
+    second on a CPU for a square layer of a thousand units. Singular values of at most `eps * max(m, n)` times the
+    largest count as zero, because rounding turns exact zeros into such values. `eps` is that of the working dtype:
+    float64 for double precision, else float32; half-precision weights of low rank are therefore not recognized as such.
+
+    Example:
+        >>> import torch
+        >>> from torch_regpen.groups import SingularValues
+        >>> SingularValues().polar(torch.diag(torch.tensor([3.0, 2.0])))[0]
+        tensor([3., 2.])
     """
 
     def polar(self, w: Tensor) -> tuple[Tensor, Rebuild]:
@@ -27,7 +34,7 @@ class SingularValues(Grouping):
     def check(self, shape: torch.Size) -> None:
         if len(shape) < 2:
             raise ValueError(
-                f"a tensor of shape {tuple(shape)} has no singular values; leave it out with `select`, or choose "
+                f"a tensor of shape {tuple(shape)} has no singular values; exclude it with `select`, or choose "
                 "another grouping"
             )
 
@@ -35,9 +42,9 @@ class SingularValues(Grouping):
         return torch.Size([min(shape[0], math.prod(shape[1:]))])
 
     def excess(self, w: Tensor, residual: Tensor, slope: Tensor) -> Tensor:
-        """As for other groups, in spectral norm."""
-        # What the zero singular values can absorb lies across the row and the column space of w; there the nearest
-        # point has its singular values cut at the slope. All else of the residual counts, in spectral norm.
+        """As `NormGrouping.excess`, in the spectral norm."""
+        # The zero singular values can absorb only the part of the residual that is orthogonal to the row and column
+        # spaces of w, up to singular values equal to the slope. The distance is the spectral norm of the rest.
         left, u, right = self._svd(w)
         left, right = left * (u > 0), right * (u > 0)[:, None]
         r = residual.flatten(1)
@@ -56,7 +63,7 @@ class SingularValues(Grouping):
 
 
 def _decomposed(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The singular value decomposition; NaN where `x` is not finite, at which torch.linalg raises."""
+    """The singular value decomposition, or NaN if `x` is not finite, for which torch.linalg would raise."""
     finite = x.isfinite().all()
     left, u, right = torch.linalg.svd(torch.where(finite, x, 0), full_matrices=False)
     one = torch.where(finite, 1.0, math.nan)

@@ -1,4 +1,4 @@
-"""Batches of tensors to which a penalty does the same."""
+"""Batches of tensors that are processed together because they have the same terms."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class TensorBatch:
     Attributes:
         each: the terms of each tensor.
         tensors: the tensors.
-        group: the param_group of the optimizer that owns them, where an optimizer asks.
-        grads: their gradients; empty but in what `with_grads` returns.
+        group: the param_group of the optimizer that owns the tensors; empty outside an optimizer.
+        grads: the gradients of the tensors; only set in the result of `with_grads`.
     """
 
     each: list[list[Term]]
@@ -37,22 +37,22 @@ class TensorBatch:
 
     @property
     def terms(self) -> list[Term]:
-        """The terms of the first tensor. Those of the others differ only in the tensor."""
+        """The terms of the first tensor. The terms of the other tensors differ from these only in the tensor."""
         return self.each[0]
 
     @property
     def elementwise(self) -> bool:
-        """Whether the sum of the terms is `a*|w| + b*w^2` for each element."""
+        """Whether the sum of the terms on each tensor is `sum (a*|w| + b*w^2)`."""
         return all(term.elementwise for term in self.terms)
 
     @property
     def coefficients(self) -> tuple[float, float]:
-        """`(a, b)`, lambda included."""
+        """`(a, b)` in `sum (a*|w| + b*w^2)`, lambda included."""
         return coefficients(self.terms)
 
     @property
     def has_fused_prox(self) -> bool:
-        """Whether the prox is a soft threshold and a division, which act on whole lists of tensors."""
+        """Whether the prox is a soft threshold and a division, for which there are operations on lists of tensors."""
         return self.elementwise and not any(term.penalty.positive for term in self.terms)
 
     @property
@@ -62,27 +62,27 @@ class TensorBatch:
 
     @property
     def is_local(self) -> bool:
-        """Whether the value is a sum over elements that are all on this rank."""
+        """Whether the value is a sum over elements and all elements are on this rank."""
         return self.elementwise and local(self.tensors[0]) is self.tensors[0]
 
     @property
     def inactive(self) -> bool:
-        """Whether the terms do nothing at the present lambda."""
+        """Whether all terms are inactive at the current lambda."""
         return all(term.inactive for term in self.terms)
 
     @property
     def normalized(self) -> list[list[Term]]:
-        """The terms of each tensor that holds the directions of a weight under weight_norm."""
+        """The terms of each tensor that holds directions under weight_norm."""
         return self.each if self.terms[0].length is not None else []
 
     def subset(self, indices: list[int]) -> TensorBatch:
-        """The batch of some of its tensors."""
+        """The batch of the tensors at some indices."""
         if len(indices) == len(self.tensors):
             return self
         return TensorBatch([self.each[i] for i in indices], [self.tensors[i] for i in indices], self.group)
 
     def with_grads(self) -> TensorBatch | None:
-        """The batch of those of its tensors that have a gradient, with the gradients; None if there are none."""
+        """The batch of the tensors that have a gradient, with `grads` set; None if no tensor has one."""
         grads = list(map(attrgetter("grad"), self.tensors))
         if not any(grad is None for grad in grads):
             return TensorBatch(self.each, self.tensors, self.group, grads)
@@ -93,34 +93,38 @@ class TensorBatch:
 
 @dataclass(slots=True, eq=False)
 class JointBatch(TensorBatch):
-    """The tensors over which the groups of some terms span.
+    """Several tensors with groups that span them (see `Joint`).
 
-    An operation takes `matrix()`, works on it as on a single tensor, and writes it back with `scatter_`.
+    An operation works on `matrix()` as on a single tensor, then calls `scatter_` to write the result back.
 
     Attributes:
-        joint: which slices of the tensors form the groups.
-        owners: the param_group that owns each tensor, where an optimizer asks.
+        joint: the slices of the tensors that form the groups.
+        owners: for each tensor, the param_group of the optimizer that owns it; empty dicts outside an optimizer.
     """
 
     joint: Joint = field(kw_only=True)
     owners: list[dict[str, Any]] = field(kw_only=True)
 
     def with_grads(self) -> JointBatch | None:
-        """The batch with its gradients; None unless all its tensors have one."""
+        """The batch with `grads` set; None unless all tensors have a gradient."""
         grads = [w.grad for w in self.tensors if w.grad is not None]
         return replace(self, grads=grads) if len(grads) == len(self.tensors) else None
 
     def matrix(self) -> TensorBatch:
-        """The terms on the matrix of the groups, a copy of the weights; differentiable."""
+        """The batch of the gathered matrix, a copy of the weights; differentiable."""
         terms = gathered(self.terms)
         return TensorBatch([terms], [terms[0].tensor], self.group)
 
     def scatter_(self, matrix: Tensor) -> None:
-        """Write the matrix back into the weights."""
+        """Write the matrix back into the tensors."""
         self.joint.scatter_(self.tensors, matrix)
 
     def step(self, steps: Sequence[Step]) -> Step:
-        """The step of the elements of the matrix, from the steps of the tensors."""
+        """Combine the steps of the tensors into the step of the matrix.
+
+        Raises:
+            ValueError: the steps differ between tensors, and the penalty has no prox for that.
+        """
         first = steps[0]
         changes = [step.max_change for step in steps if step.max_change is not None]
         max_change = None if not changes else _largest(changes)
@@ -129,9 +133,9 @@ class JointBatch(TensorBatch):
                 return first
             if any(term.penalty.coefficients is None for term in self.terms):
                 raise ValueError(
-                    f"the tensors of the units of {self.terms[0].name!r} have different learning rates, and the prox of "
-                    f"{type(self.terms[0].penalty).__name__} over groups is not known where the step differs by "
-                    "coordinate; give them one learning rate"
+                    f"the tensors of the units of {self.terms[0].name!r} have different learning rates; the prox of "
+                    f"{type(self.terms[0].penalty).__name__} over groups has no closed form if steps differ by "
+                    "coordinate; use the same learning rate for them"
                 )
         sizes = [_expanded(step.size, w) for step, w in zip(steps, self.tensors, strict=True)]
         unseen = None
@@ -145,11 +149,11 @@ class JointBatch(TensorBatch):
 
 
 def batches(terms: Iterable[Term], owners: dict[int, dict[str, Any]] | None = None) -> list[TensorBatch]:
-    """All terms, in as few batches as possible.
+    """Divide terms into as few batches as possible.
 
     Args:
-        terms: on any tensors.
-        owners: the param_group that owns each tensor, by the id of the tensor.
+        terms: terms on any tensors.
+        owners: a dict from the id of each tensor to the param_group of the optimizer that owns it.
     """
     alike: dict[Any, TensorBatch] = {}
     for of_tensor in by_tensor(terms):
@@ -188,5 +192,5 @@ def _largest(changes: list[float | Tensor]) -> float | Tensor:
 
 
 def _equal(a: float | Tensor, b: float | Tensor) -> bool:
-    """Whether two numbers are equal; of tensors that is not known without waiting for the device."""
+    """Whether two numbers are equal; False for tensors, because comparing them would synchronize with the device."""
     return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b

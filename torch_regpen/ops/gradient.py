@@ -1,4 +1,4 @@
-"""The (sub)gradient of a penalty, added to `.grad` in place, without autograd."""
+"""Add the (sub)gradient of a penalty to `.grad`, in place and without autograd."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ __all__ = ["add_grad_", "add_grad_and_value_", "check_grad"]
 
 
 def check_grad(terms: list[Term]) -> None:
-    """Raise `ValueError` where a kind has no gradient to descend."""
+    """Raise `ValueError` if a penalty has no gradient that an optimizer can use."""
     for term in terms:
         name = type(term.penalty).__name__
         if not term.penalty.has_grad():
-            raise ValueError(f"{name} has no gradient that could lead anywhere; use mode='proximal' or 'dual'")
+            raise ValueError(f"{name} has no gradient that an optimizer can use; use mode='proximal' or 'dual'")
         if term.penalty.positive:
             raise ValueError(
-                f"{name}(positive=True) keeps weights from becoming negative by its prox, which a gradient cannot do; "
+                f"{name}(positive=True) keeps weights non-negative by its prox, and has no gradient that could do so; "
                 "use mode='proximal' or 'dual'"
             )
 
 
 def add_grad_(batch: TensorBatch, *, ascend: bool = False) -> None:
-    """`grad += (sub)gradient` on each tensor; `grad -= (sub)gradient` for an optimizer that maximizes."""
+    """`grad += (sub)gradient` for each tensor; with `ascend=True`, for `maximize=True`, `grad -= (sub)gradient`."""
     if batch.inactive:
         return
     sign = -1 if ascend else 1
@@ -41,7 +41,7 @@ def add_grad_(batch: TensorBatch, *, ascend: bool = False) -> None:
 
 
 def add_grad_and_value_(batch: TensorBatch) -> Tensor:
-    """`add_grad_` of a batch that `is_local`, and its value from the same pass over the weights."""
+    """`add_grad_` for a batch that `is_local`; returns the value, computed in the same pass over the weights."""
     return foreach.add_with_total_(batch.grads, batch.tensors, *batch.coefficients)
 
 

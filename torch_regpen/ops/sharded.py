@@ -1,7 +1,7 @@
-"""Terms on sharded tensors: each rank works on its shard, as a plain tensor.
+"""Terms on sharded tensors: each rank works on its shard, as on a plain tensor.
 
-Functions of single elements need no more than that. The norms of groups that continue on other ranks are summed over
-those ranks (`AcrossShards`). A penalty that needs the whole tensor gets it gathered.
+This suffices for functions of single elements. If a group is divided over ranks, its squared norm is summed over those
+ranks (`AcrossShards`). If a penalty needs the whole tensor, the tensor is gathered.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ __all__ = ["ShardedTerms", "on_local_shards", "total_over_ranks"]
 
 
 class ShardedTerms:
-    """The terms of one tensor, which may be sharded, on plain tensors.
+    """The terms of one tensor, which may be sharded, converted to terms on a plain tensor.
 
     Args:
-        terms: all on one tensor.
-        whole: gather the tensor on every rank, whether the terms need that or not.
+        terms: terms that are all on the same tensor.
+        whole: if True, gather the tensor on every rank even if the terms do not need it.
 
     Attributes:
-        terms: on the shard of this rank; or on the whole tensor, where a term needs that.
-        along: the mesh dimensions over which sums over elements are sums over ranks too; None for a whole tensor.
+        terms: the terms on the shard of this rank, or on the whole tensor if a term needs it.
+        along: the mesh dimensions over which a sum over elements must also be summed; None for a whole tensor.
     """
 
     def __init__(self, terms: list[Term], whole: bool = False) -> None:
@@ -60,7 +60,7 @@ class ShardedTerms:
         ]
 
     def take(self, x: Any) -> Any:
-        """A plain tensor of what belongs to the parameter, such as a step for each of its elements."""
+        """Convert a tensor that belongs to the parameter, such as a step for each element, to a plain tensor."""
         if not isinstance(x, Tensor) or not isinstance(self.parameter, DTensor):
             return x
         if x.ndim == 0:
@@ -69,7 +69,7 @@ class ShardedTerms:
         return full_tensor(x) if self.whole else local(x)
 
     def give(self, x: Tensor) -> Tensor:
-        """A plain tensor of the shape of `terms[0].tensor`, as one that is sharded like the parameter."""
+        """Convert a plain tensor shaped like `terms[0].tensor` to a tensor that is sharded like the parameter."""
         w = self.parameter
         if not isinstance(w, DTensor):
             return x
@@ -78,7 +78,7 @@ class ShardedTerms:
         return DTensor.from_local(x, w.device_mesh, w.placements, run_check=False, shape=w.shape, stride=w.stride())
 
     def _plain(self, x: Any, memo: dict[int, Tensor]) -> Any:
-        # Terms that share a tensor must go on sharing it.
+        # Terms that share a tensor must still share it afterwards.
         if x is None:
             return None
         if id(x) not in memo:
@@ -87,7 +87,10 @@ class ShardedTerms:
 
 
 def on_local_shards(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Makes a function of terms on a plain tensor, which returns a tensor like it, one of terms on any tensor."""
+    """Extend a function of terms on a plain tensor to terms on sharded tensors.
+
+    The function must return a tensor of the shape of the plain tensor.
+    """
 
     @wraps(function)
     def of_terms(terms: list[Term], *args: Any) -> Tensor:
@@ -99,15 +102,15 @@ def on_local_shards(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @torch.no_grad()
 def total_over_ranks(each: Sequence[ShardedTerms], value: Callable[[list[Term]], Tensor]) -> tuple[Tensor, list[Term]]:
-    """The sum of all terms over all ranks, 0-dim, by one collective for each mesh dimension.
+    """Sum all terms over all ranks, with one collective for each mesh dimension.
 
     Args:
         each: the terms of each tensor.
-        value: the value of some terms on this rank, 0-dim.
+        value: a function that returns the value of some terms on this rank, a 0-dim tensor.
 
     Returns:
-        The sum; and the terms, in which the norms of groups across ranks are known, so that their gradient needs no
-        collective.
+        The sum, a 0-dim tensor; and the terms with the norms of groups across ranks stored, so that their gradients
+        need no collective.
     """
     crossing: list[tuple[Term, Any, Along | None]] = []
     others: dict[Along | None, list[Term]] = {}
@@ -120,7 +123,7 @@ def total_over_ranks(each: Sequence[ShardedTerms], value: Callable[[list[Term]],
     squares = [(grouping.squares(term.offset(term.tensor)), grouping.along) for term, grouping, _ in crossing]
     reduced = sum_over_ranks([*squares, *((value(terms), along) for along, terms in others.items())])
     found = [term for terms in others.values() for term in terms]
-    # Each rank that holds a part of a group now knows the whole norm, so those dimensions are not summed again.
+    # Every rank that holds a part of a group now knows the norm of the group; do not sum over those ranks again.
     remaining: dict[Along | None, list[Term]] = {}
     for (term, grouping, along), square in zip(crossing, reduced, strict=False):
         known = replace(term, grouping=replace(grouping, norms=grouping.root(square, term.tensor.dtype)))
@@ -131,7 +134,7 @@ def total_over_ranks(each: Sequence[ShardedTerms], value: Callable[[list[Term]],
 
 
 def _grouping_on_shard(term: Term, w: DTensor) -> Grouping | None:
-    """The groups of a term on the shard of this rank; None where they can be found only on the whole tensor."""
+    """The grouping of a term on the shard of this rank; None if the term needs the whole tensor."""
     over = sharded_over(w)
     grouping = term.grouping
     if not over:

@@ -1,4 +1,4 @@
-"""How far from stationary: the distance of the gradient to the subdifferential of all terms of one tensor."""
+"""The distance of the negative gradient to the subdifferential: zero at a stationary point."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ __all__ = ["distance"]
 
 
 def distance(terms: list[Term], grad: Tensor) -> Tensor:
-    """The largest distance of `-grad` to the subdifferential of the terms of one tensor, over coordinates or groups.
+    """The largest distance, over coordinates or groups, of `-grad` to the subdifferential of the sum of the terms.
 
-    Of a sharded tensor it is the largest on this rank.
+    For a sharded tensor, it is the largest on this rank.
+
+    Args:
+        terms: all terms of one tensor.
+        grad: the gradient of the loss without the penalty.
 
     Raises:
-        ValueError: it is not known in closed form, for groups that overlap.
+        ValueError: groups overlap, so that there is no closed form.
     """
     part = ShardedTerms(terms)
     terms = part.terms
@@ -31,15 +35,15 @@ def distance(terms: list[Term], grad: Tensor) -> Tensor:
         grad = grad.to_dense()
     wide = torch.promote_types(w.dtype, working_dtype(w.dtype))
     residual = -part.take(grad).to(wide)
-    slack: Tensor | float = 0.0  # what the elements that are zero can absorb
-    slope: Tensor | float = 0.0  # what the groups that are zero can absorb, for each of their elements
+    slack: Tensor | float = 0.0  # for each element that is 0, the slope at 0: half the width of the subdifferential
+    slope: Tensor | float = 0.0  # the slope at 0 of the penalties on groups
     for term in terms:
         residual = residual - term.grad(w.to(wide))
         if not term.penalty.separable:
             continue
         zero = torch.zeros((), dtype=working_dtype(w.dtype), device=w.device)
         lam = term.scaled_lam if term.grouped else term.elementwise_lam
-        at_zero = (term.penalty.rho_grad(zero) * lam).nan_to_num(0.0, math.inf)  # at lam=0 it absorbs nothing
+        at_zero = (term.penalty.rho_grad(zero) * lam).nan_to_num(0.0, math.inf)  # inf * 0 at lam=0 is 0 here
         if term.grouped:
             slope = slope + at_zero
         else:
@@ -52,8 +56,8 @@ def distance(terms: list[Term], grad: Tensor) -> Tensor:
         return largest(residual.abs())
     if len({(term.grouping, id(term.center)) for term in grouped}) > 1:
         raise ValueError(
-            f"the distance to the subdifferential of penalties over groups that overlap, on parameter "
-            f"{terms[0].name!r}, is not known in closed form"
+            f"the penalties on parameter {terms[0].name!r} have groups that overlap, for which the distance to the "
+            "subdifferential has no closed form"
         )
     grouping: Any = grouped[0].grouping
     farthest: Tensor = grouping.excess(grouped[0].offset(w), residual, slope)

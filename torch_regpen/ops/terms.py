@@ -1,8 +1,8 @@
-"""Terms: what a penalty is on one tensor.
+"""Terms: one penalty on one tensor.
 
-A `Term` is `lam * factor * sum_g weights_g * n_g * rho(u_g)` on one tensor, with `u_g` the magnitudes of its groups.
-The values and the gradients of several terms on a tensor add up. Their proximal maps and their subdifferentials do not,
-so the functions for those take all terms of a tensor at once.
+A `Term` is `lam * factor * sum_g weights_g * n_g * rho(u_g)`, where `u_g` is the magnitude and `n_g` the size of group
+g of the tensor. To sum several terms on a tensor, add their values and gradients. Proximal maps and subdifferentials do
+not add up, so the functions that compute them take all terms of a tensor at once.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
 
 
 class TermPenalty(Protocol):
-    """What a term asks of its penalty; see `torch_regpen.Penalty`."""
+    """The part of `torch_regpen.Penalty` that terms use."""
 
     positive: bool
     separable: bool
@@ -54,12 +54,14 @@ class TermPenalty(Protocol):
 
 @dataclass(eq=False)
 class Joint:
-    """Groups that span several tensors: group i has the slices `index[i]` of each.
+    """Groups that span several tensors: group g consists of the slices `indices[i][g]` of each tensor i.
+
+    The groups are the rows of a matrix, which `gather` builds from the tensors and `scatter_` writes back.
 
     Args:
         parameters: the tensors.
-        dims: the dimension of each along which its slices lie.
-        indices: for each tensor the slices of each group: `(groups, slices of this tensor in a group)`.
+        dims: for each tensor, the dimension along which its slices are taken.
+        indices: for each tensor, the indices of its slices, in the shape `(groups, slices per group)`.
         names: the qualified names of the tensors.
     """
 
@@ -69,7 +71,7 @@ class Joint:
     names: list[str]
 
     def __post_init__(self) -> None:
-        # Terms hold this in the place of the matrix, which is gathered when an operation needs it.
+        # Terms hold this placeholder (shape and dtype only); each operation gathers the matrix when it needs it.
         sizes = [
             w.numel() // max(w.shape[dim], 1) * index.shape[1]
             for w, dim, index in zip(self.parameters, self.dims, self.indices, strict=True)
@@ -79,7 +81,7 @@ class Joint:
         self._sizes = sizes
 
     def gather(self, xs: Sequence[Tensor]) -> Tensor:
-        """The matrix of tensors like the parameters: a row for each group; differentiable."""
+        """Return a matrix with one row for each group, from tensors `xs` shaped like the parameters; differentiable."""
         rows = [
             x.index_select(dim, index.flatten()).movedim(dim, 0).reshape(len(index), -1)
             for x, dim, index in zip(xs, self.dims, self.indices, strict=True)
@@ -87,12 +89,12 @@ class Joint:
         return torch.cat(rows, dim=1)
 
     def scatter_(self, xs: Sequence[Tensor], matrix: Tensor) -> None:
-        """Write a matrix that was gathered back into the tensors."""
+        """Write a gathered matrix back into the tensors `xs`."""
         for x, dim, index, slices in self._slices(xs, matrix):
             x.index_copy_(dim, index, slices)
 
     def add_(self, xs: Sequence[Tensor], matrix: Tensor, alpha: float) -> None:
-        """Add `alpha` times a matrix to the tensors."""
+        """Add `alpha` times a gathered matrix to the tensors `xs`."""
         for x, dim, index, slices in self._slices(xs, matrix):
             x.index_add_(dim, index, slices, alpha=alpha)
 
@@ -105,19 +107,19 @@ class Joint:
 
 @dataclass(slots=True, eq=False)
 class Term:
-    """One scalar penalty over the groups of one tensor.
+    """One scalar penalty on the groups of one tensor.
 
     Attributes:
-        name: the parameter's qualified name.
-        tensor: the parameter.
-        penalty: gives `rho`, `rho_grad` and `rho_prox`.
+        name: the qualified name of the parameter.
+        tensor: the parameter; if `joint` is set, the placeholder of its matrix.
+        penalty: defines `rho`, `rho_grad` and `rho_prox`.
         grouping: maps the tensor to magnitudes.
-        group: the param_group of the penalty, which holds `lam`.
-        factor: multiplies lambda.
+        group: the param_group of the penalty, which holds "lam".
+        factor: a factor on lambda.
         weights: non-negative factors on lambda that broadcast to the magnitudes, or None for 1.
-        center: the point from which the tensor is measured, or None for the origin.
-        length: under weight_norm, where the tensor holds the directions: the parameter that holds their lengths.
-        joint: where the groups span several tensors, which; `tensor` is then a placeholder of their matrix.
+        center: the penalty is on `tensor - center`; None for 0.
+        length: the parameter that holds the lengths under weight_norm, if `tensor` holds the directions; else None.
+        joint: the tensors and their slices if the groups span several tensors; else None.
     """
 
     name: str
@@ -143,34 +145,34 @@ class Term:
 
     @property
     def elementwise_lam(self) -> float | Tensor:
-        """`scaled_lam`; where it differs by group, one number for each element."""
+        """`scaled_lam`, expanded from one number per group to one per element if it differs between groups."""
         if self.weights is not None and isinstance(self.grouping, NormGrouping):
             return self.grouping.spread(self.lam * self.weights, self.tensor)
         return self.scaled_lam
 
     @property
     def inactive(self) -> bool:
-        """Whether the term does nothing at the present lambda."""
+        """Whether lambda is 0, so that the term has no effect."""
         return self.lam == 0 and not self.penalty.positive
 
     @property
     def linear(self) -> float:
-        """`a` of `rho(u) = a*u + b*u^2`; 0 for other kinds."""
+        """`a` in `rho(u) = a*u + b*u^2`; 0 if `rho` has another form."""
         return self.penalty.coefficients[0] if self.penalty.coefficients else 0.0
 
     @property
     def quadratic(self) -> float:
-        """`b` of `rho(u) = a*u + b*u^2`; 0 for other kinds."""
+        """`b` in `rho(u) = a*u + b*u^2`; 0 if `rho` has another form."""
         return self.penalty.coefficients[1] if self.penalty.coefficients else 0.0
 
     @property
     def grouped(self) -> bool:
-        """Whether the groups matter to the prox. They do not for L2: a sum of squared norms is a sum of squares."""
+        """Whether the prox depends on the groups. That of L2 does not: a sum of squared norms is a sum of squares."""
         return not isinstance(self.grouping, Elements) and (self.penalty.coefficients is None or self.linear > 0)
 
     @property
     def elementwise(self) -> bool:
-        """Whether the term is `lam * (a*|w| + b*w^2)` for each element, on real numbers."""
+        """Whether the term is `lam * sum (a*|w| + b*w^2)` over the elements of a real tensor."""
         return (
             self.penalty.coefficients is not None
             and not self.grouped
@@ -181,13 +183,13 @@ class Term:
 
     @property
     def named_parameters(self) -> list[tuple[str, Tensor]]:
-        """The parameter, or those that its groups span, by name."""
+        """The name and the tensor of the parameter, or of each parameter that the groups span."""
         if self.joint is None:
             return [(self.name, self.tensor)]
         return list(zip(self.joint.names, self.joint.parameters, strict=True))
 
     def offset(self, w: Tensor) -> Tensor:
-        """`w - center`."""
+        """`w - center`, or `w` if there is no center."""
         return w if self.center is None else w - self.center
 
     def value(self, w: Tensor) -> Tensor:
@@ -205,7 +207,7 @@ class Term:
 
 
 def by_tensor(terms: Iterable[Term]) -> list[list[Term]]:
-    """The terms of each tensor, in the order in which the tensors first occur."""
+    """Group the terms by tensor, in the order in which the tensors first occur."""
     found: dict[int, list[Term]] = {}
     for term in terms:
         found.setdefault(id(term.tensor), []).append(term)
@@ -213,7 +215,7 @@ def by_tensor(terms: Iterable[Term]) -> list[list[Term]]:
 
 
 def gathered(terms: list[Term]) -> list[Term]:
-    """The terms of one tensor; of terms whose groups span several, the terms on the matrix of these groups."""
+    """Replace the placeholder of terms whose groups span several tensors by the gathered matrix."""
     joint = terms[0].joint
     if joint is None:
         return terms
@@ -222,19 +224,19 @@ def gathered(terms: list[Term]) -> list[Term]:
 
 
 def coefficients(terms: list[Term]) -> tuple[float, float]:
-    """`(a, b)` of elementwise terms on one tensor, whose sum is `a*|w| + b*w^2`; lambda included."""
+    """`(a, b)` such that the sum of some elementwise terms on one tensor is `sum (a*|w| + b*w^2)`; lambda included."""
     return sum(term.lam * term.linear for term in terms), sum(term.lam * term.quadratic for term in terms)
 
 
 def chunked_terms(terms: list[Term], times: int = 1) -> Iterator[tuple[list[Term], Slicer]]:
-    """The terms of one tensor on chunks of it that fit the cache, where it can be cut between its groups.
+    """Split the terms of one tensor into terms on chunks of it that fit into the cache. No group is divided.
 
     Args:
-        terms: all on one tensor.
-        times: how many times larger than usual a chunk may be.
+        terms: terms that are all on the same tensor.
+        times: a factor on the usual chunk size.
 
     Yields:
-        The terms on a chunk, and what takes the same chunk of a tensor beside it.
+        The terms on a chunk, and a function that takes the same chunk of another tensor of that shape.
     """
     if not terms:
         return
@@ -244,12 +246,12 @@ def chunked_terms(terms: list[Term], times: int = 1) -> Iterator[tuple[list[Term
 
 
 def sliced(terms: list[Term], take: Slicer) -> list[Term]:
-    """The terms of one tensor, on the slice of it that `take` takes."""
+    """The terms of one tensor, restricted to the slice that `take` returns."""
     tensor = take(terms[0].tensor)
     return [replace(t, tensor=tensor, weights=take(t.weights), center=take(t.center)) for t in terms]
 
 
 def separable_dims(terms: list[Term]) -> list[int]:
-    """The dimensions along which their tensor can be cut between groups."""
+    """The dimensions along which the tensor of the terms can be divided without dividing a group."""
     ndim = terms[0].tensor.ndim
     return [dim for dim in range(ndim) if all(term.grouping.separates(dim, ndim) for term in terms)]

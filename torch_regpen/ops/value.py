@@ -1,6 +1,6 @@
-"""The penalty as a differentiable term of the loss: an autograd node for each large tensor or pack of small ones.
+"""The penalty as a differentiable term of the loss, with one autograd node for each batch of tensors.
 
-A node for all would write all gradients before the first is freed.
+With a single node for all batches, all gradients would exist at once, which needs more memory.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ __all__ = ["check_differentiated"]
 
 
 def check_differentiated(work: Iterable[TensorBatch]) -> None:
-    """Raise `RuntimeError` where torch.func differentiates, and none of the tensors is what it differentiates by.
+    """Raise `RuntimeError` if torch.func differentiates with respect to none of the penalized tensors.
 
-    The penalty would be a constant, and its gradient be missing.
+    The penalty would be a constant then, and its gradient would be missing without notice.
     """
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return
@@ -36,51 +36,53 @@ def check_differentiated(work: Iterable[TensorBatch]) -> None:
         return
     if not any(functorch.is_functorch_wrapped_tensor(w) for batch in work for w in batch.tensors):
         raise RuntimeError(
-            "penalty() was called under a transform of torch.func that differentiates other tensors than the "
-            "penalized parameters, and would be a constant. Make the penalty a part of the module that functional_call "
-            "calls, and call it in that module's forward"
+            "penalty() was called under a transform of torch.func that does not differentiate with respect to the "
+            "penalized parameters, so it would be a constant. Make the penalty a part of the module that "
+            "functional_call calls, and call it in the forward of that module"
         )
 
 
 def total_value(work: Iterable[TensorBatch]) -> Tensor:
-    """The sum of the terms, at least one: 0-dim, float64 where any tensor is, else float32, on the first device."""
+    """The sum of at least one term: a 0-dim tensor, float64 if any tensor is, else float32, on the first device."""
     work = list(work)
-    here, cut = _split_sharded(work)
+    local_batches, sharded_terms = _split_sharded(work)
     if torch.compiler.is_compiling():
-        _ = [term.lam for batch in here for term in batch.terms]  # first read in one node, no other could read it
-    sums = [_value(batch) for batch in here]
-    if cut:
+        # If lam were first read inside one autograd node, Dynamo could not read it in the others.
+        _ = [term.lam for batch in local_batches for term in batch.terms]
+    sums = [_value(batch) for batch in local_batches]
+    if sharded_terms:
         with _no_autocast(work[0].tensors[0]):
             value, known = total_over_ranks(
-                cut, lambda terms: foreach.summed([_forward(b, b.tensors) for b in batches(terms)])
+                sharded_terms, lambda terms: foreach.summed([_forward(b, b.tensors) for b in batches(terms)])
             )
         sums += [value, *(_GradientOnly.apply(b, *b.tensors) for b in batches(known))]
     return sum_values(sums, work)
 
 
 def sum_values(sums: list[Tensor], work: list[TensorBatch]) -> Tensor:
-    """The sum of sums of the terms, as `total` has it."""
+    """Add up partial sums, with the dtype and device of `total_value`."""
     dtypes = {working_dtype(dtype) for dtype in {w.dtype for batch in work for w in batch.tensors}}
     device, dtype = work[0].tensors[0].device, torch.float64 if torch.float64 in dtypes else torch.float32
     return foreach.summed([s.to(device, dtype) for s in sums])
 
 
 def _split_sharded(work: list[TensorBatch]) -> tuple[list[TensorBatch], list[ShardedTerms]]:
-    """What this rank has the whole of, and the parts of tensors that are cut."""
-    here, cut = [], []
+    """Split into batches that this rank can sum alone, and sharded terms, which need sums over ranks."""
+    local_batches: list[TensorBatch] = []
+    sharded_terms: list[ShardedTerms] = []
     for batch in work:
         if isinstance(batch, JointBatch):
-            here.append(batch.matrix())
+            local_batches.append(batch.matrix())
             continue
         if batch.is_local:
-            here.append(batch)
+            local_batches.append(batch)
             continue
         for sharded in map(ShardedTerms, batch.each):
             if sharded.along is None:
-                here += batches(sharded.terms)
+                local_batches += batches(sharded.terms)
             else:
-                cut.append(sharded)
-    return here, cut
+                sharded_terms.append(sharded)
+    return local_batches, sharded_terms
 
 
 def _value(batch: TensorBatch) -> Tensor:
@@ -90,15 +92,15 @@ def _value(batch: TensorBatch) -> Tensor:
         return function.apply(batch, *ws)  # type: ignore[no-any-return]
     differentiable = torch.is_grad_enabled() and any(w.requires_grad for w in ws)
     if differentiable:
-        _mark(batch)
+        _mark_seen(batch)
         check_grad(batch.terms)
     if batch.elementwise or not differentiable:
-        return _Value.forward(batch, *ws)  # the compiler differentiates it as well
+        return _Value.forward(batch, *ws)  # the compiler differentiates this itself
     return _Value.apply(batch, *ws)  # type: ignore[no-any-return]
 
 
 class _Value(torch.autograd.Function):
-    """The sum of the terms at the tensors given beside them."""
+    """The sum of the terms of a batch, at the tensors `ws`."""
 
     generate_vmap_rule = True
 
@@ -119,13 +121,13 @@ class _Value(torch.autograd.Function):
 
 
 class _EagerValue(_Value):
-    """The same with what torch.compile does not trace: forward mode, and a backward that leaves a mark."""
+    """`_Value` with parts that torch.compile does not trace: forward-mode AD, and a backward that sets `seen`."""
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        _mark(ctx.batch)
+        _mark_seen(ctx.batch)
         check_grad(ctx.batch.terms)
-        g = full_tensor(g)  # the loss that it was added to may be a DTensor
+        g = full_tensor(g)  # a DTensor if the loss is one
         ws = ctx.saved_tensors
         differentiated = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
         batched = torch._C._functorch.is_legacy_batchedtensor(g)
@@ -146,7 +148,7 @@ class _EagerValue(_Value):
 
 
 class _FastValue(_EagerValue):
-    """The same without transforms of torch.func: for a `setup_context`, torch inspects a signature at each call."""
+    """`_EagerValue` outside torch.func, without `setup_context`, for which torch inspects a signature at each call."""
 
     setup_context = staticmethod(torch.autograd.Function.setup_context)
 
@@ -158,7 +160,7 @@ class _FastValue(_EagerValue):
 
 
 class _GradientOnly(_EagerValue):
-    """Zero, with the gradient of the terms: of sharded tensors, whose value is summed over the ranks beside it."""
+    """Value 0 with the gradient of the terms, for sharded tensors. Their value is summed over ranks separately."""
 
     @staticmethod
     def forward(batch: TensorBatch, *ws: Tensor) -> Tensor:
@@ -171,19 +173,19 @@ def _forward(batch: TensorBatch, ws: Iterable[Tensor]) -> Tensor:
     return foreach.summed([term.value(w) for terms, w in zip(batch.each, ws, strict=True) for term in terms])
 
 
-def _mark(batch: TensorBatch) -> None:
+def _mark_seen(batch: TensorBatch) -> None:
     for term in batch.terms:
         term.penalty.seen["in_loss"] = True
 
 
 def _grads(batch: TensorBatch, ws: Iterable[Tensor], g: Tensor) -> list[Tensor]:
-    """`g * gradient of the terms`, rounded to the dtype of `w` at the end: `g` may be a loss scale."""
+    """`g` times the gradient of the terms, rounded to the dtype of `w` last, because `g` may contain a loss scale."""
     with _no_autocast(g):
         return [(_widest_grad(terms, w) * g).to(w.dtype) for terms, w in zip(batch.each, ws, strict=True)]
 
 
 def _widest_grad(terms: list[Term], w: Tensor) -> Tensor:
-    """The gradient of the terms of one tensor, in the dtype in which they are computed."""
+    """The gradient of the terms of one tensor, in the working dtype (not rounded to half precision)."""
     check_grad(terms)
     x = w.to(torch.promote_types(w.dtype, working_dtype(w.dtype)))
     first, *rest = (term.grad(x) for term in terms)
@@ -191,7 +193,7 @@ def _widest_grad(terms: list[Term], w: Tensor) -> Tensor:
 
 
 def _no_autocast(w: Tensor) -> AbstractContextManager[Any]:
-    """Switches autocast off, where it is on for the device of `w`."""
+    """A context without autocast for the device of `w`."""
     kind = w.device.type
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.autocast(kind, enabled=False) if on else nullcontext()

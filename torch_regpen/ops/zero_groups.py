@@ -1,4 +1,4 @@
-"""Which groups of weights are zero throughout."""
+"""Find the groups of a tensor that are entirely zero."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from ..groups.norms import NormGrouping
 
 __all__ = ["zero_groups"]
 
-ORDERED = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8)
+COMPARABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8)
 
 
 @torch.no_grad()
 def zero_groups(w: Tensor, grouping: Grouping) -> Tensor:
-    """Whether each group is exactly zero: a bool for each, in their order; of a sharded tensor on every rank for all.
+    """Return a 1-d bool tensor: for each group of `w`, whether all its elements are exactly zero.
 
-    Norms would not do: the squares of small numbers are zero too.
+    For a sharded tensor, every rank gets the result for all groups. Norms cannot be used, because the squares of small
+    numbers round to zero.
     """
     if not isinstance(w, DTensor):
         return ~_nonzero(w, grouping).flatten().bool()
@@ -38,16 +39,16 @@ def zero_groups(w: Tensor, grouping: Grouping) -> Tensor:
 
 
 def _nonzero(w: Tensor, grouping: Grouping) -> Tensor:
-    """1 where a group has an element that is not zero, else 0, in a shape that broadcasts to the view of the groups."""
+    """1 for each group that has a nonzero element, else 0; broadcasts to the view of the groups."""
     if not isinstance(grouping, NormGrouping):
         return (grouping.polar(w)[0] != 0).float()
     x = grouping.view(w)
     dims = grouping.dims(x.ndim)
-    if x.is_complex() or x.dtype not in ORDERED:
+    if x.is_complex() or x.dtype not in COMPARABLE:
         x = (x.abs() if x.is_complex() else x).to(working_dtype(x.dtype))
     if not x.numel():
         return torch.zeros(grouping.magnitudes_shape(w.shape), device=w.device)
-    # By far the fastest of what is exact and makes no copy, if the first dimension goes first and by itself.
+    # The fastest exact way without a copy; reducing dimension 0 first and separately makes it faster.
     lowest = highest = x
     for reduced in filter(None, (dims[:1], dims[1:]) if 0 in dims else (dims,)):
         lowest, highest = lowest.amin(reduced, keepdim=True), highest.amax(reduced, keepdim=True)

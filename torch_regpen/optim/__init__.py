@@ -1,4 +1,4 @@
-"""The optimizer that applies a penalty in its step."""
+"""RegularizedOptimizer, the optimizer that applies penalties in its step."""
 
 from .wrapper import RegularizedOptimizer
 

@@ -1,4 +1,4 @@
-"""A penalty and the mode in which the step of an optimizer applies it."""
+"""A penalty together with the mode in which an optimizer applies it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["AppliedPenalty"]
 
 
 class AppliedPenalty:
-    """A penalty, the mode that applies it, and its parameters in the param_groups of the optimizer.
+    """A penalty, the mode that applies it, and its parameters in batches by the param_groups of the optimizer.
 
     Args:
         penalty: the penalty.
@@ -26,8 +26,8 @@ class AppliedPenalty:
         metric: see `RegularizedOptimizer`.
 
     Raises:
-        ValueError: the optimizer does not own one of the parameters; the mode needs what a penalty or the optimizer
-            does not have.
+        ValueError: the optimizer does not own all penalized parameters; the penalty or the optimizer does not support
+            the mode.
     """
 
     def __init__(self, penalty: Penalty, mode: str, optimizer: Optimizer, metric: Metric) -> None:
@@ -35,7 +35,7 @@ class AppliedPenalty:
         self.name = mode
         self.mode = MODES[mode](optimizer, metric)
         self._optimizer = optimizer
-        self._known: list[Any] = []  # what the batches were made of
+        self._known: list[Any] = []  # the terms, param_groups and parameters from which the batches were made
         self._batches: list[TensorBatch] = []
         for batch in self.batches():
             self.mode.check(batch)
@@ -50,14 +50,14 @@ class AppliedPenalty:
 
     @property
     def makes_zeros(self) -> bool:
-        """Whether the mode makes zeros by a proximal map."""
+        """Whether the mode makes exact zeros by a proximal map."""
         return isinstance(self.mode, Proximal)
 
     def batches(self) -> list[TensorBatch]:
-        """The penalized parameters, in batches of one param_group each.
+        """The penalized parameters in batches; all parameters of a batch are in the same param_group.
 
         Raises:
-            ValueError: the optimizer does not own one of them.
+            ValueError: the optimizer does not own all of them.
         """
         terms = self.penalty.terms()
         known = [terms, *(x for group in self._optimizer.param_groups for x in (group, *group["params"]))]
@@ -70,13 +70,13 @@ class AppliedPenalty:
         if foreign:
             raise ValueError(
                 f"the {type(self._optimizer).__name__} does not own these penalized parameters: {', '.join(foreign)}. "
-                "Give it penalty.restricted_to(optimizer), which is the same penalty on those that it owns"
+                "Pass penalty.restricted_to(optimizer), which is the same penalty on the parameters that it owns"
             )
         self._known, self._batches = known, batches(terms, owners)
         return self._batches
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_known": [], "_batches": []}  # a copy finds its parameters itself
+        return {**self.__dict__, "_known": [], "_batches": []}  # a copy collects its parameters again
 
     def _warn_about_decay(self) -> bool:
         decaying = [
@@ -88,9 +88,9 @@ class AppliedPenalty:
         ]
         if decaying:
             warn(
-                f"{', '.join(decaying)}: penalized by an L2 here, and by the weight_decay of "
-                f"{type(self._optimizer).__name__} too (AdamW's default is 0.01): both are L2, and both shrink them. "
-                "Set weight_decay=0 for them if that is not meant"
+                f"{', '.join(decaying)}: shrunk by an L2 penalty and also by the weight_decay of "
+                f"{type(self._optimizer).__name__} (AdamW's default is 0.01); both are L2. "
+                "Set weight_decay=0 if this is not intended"
             )
         return bool(decaying)
 
@@ -99,13 +99,13 @@ class AppliedPenalty:
         reason = unsupported_reason(self._optimizer)
         if self.makes_zeros and metric == "auto" and reason is not None:
             warn(
-                f"{name} {reason}: the step that it takes for a unit gradient is not known, and the prox takes its lr. "
-                "Pass metric='euclidean' to say that this is right, or a callable that returns the step"
+                f"{name} {reason}: its step for a unit gradient is not known, so the prox takes its lr. Pass "
+                "metric='euclidean' to confirm this, or a callable metric that returns the step"
             )
         if self.name == "decoupled" and sets_its_own_step(self._optimizer):
             warn(
-                f"{name} sets its own step size, which its lr is not: mode='decoupled' takes lr * lam, whatever that "
-                "step is. Use mode='coupled', or mode='proximal' with a callable metric that returns the step"
+                f"{name} sets its own step size, which differs from its lr, but mode='decoupled' uses lr * lam. "
+                "Use mode='coupled', or mode='proximal' with a callable metric that returns the step"
             )
 
     def _warn_about_adaptive_l2(self, metric: Metric) -> None:
@@ -115,7 +115,7 @@ class AppliedPenalty:
             squares = [term for term in terms if term.quadratic and not term.linear]
             if squares and len(squares) < len(terms):
                 warn(
-                    f"L2 in mode={self.name!r} is the L2 of the loss, in the metric of {name}, and not the decay of "
-                    "AdamW, which is much weaker at the same lambda. For that decay, give the L2 a mode of its own: "
+                    f"L2 in mode={self.name!r} has the effect of L2 in the loss under {name}. The weight decay of "
+                    "AdamW is much weaker at the same lambda; to get it, give the L2 a mode of its own: "
                     "[(L2(model, lam), 'decoupled'), ...]"
                 )

@@ -1,4 +1,4 @@
-"""An optimizer that stands in the place of another: what it shares with the optimizer that it wraps."""
+"""The base of an optimizer that wraps another: delegation to the wrapped optimizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["WrappingOptimizer"]
 
 
 class WrappingOptimizer(Optimizer):
-    """Shares `param_groups`, `state` and `defaults` with the optimizer that it wraps, and has step hooks of its own.
+    """Shares `param_groups`, `state` and `defaults` with the wrapped optimizer. Step hooks are its own.
 
     Args:
         optimizer: the optimizer to wrap.
@@ -24,7 +24,7 @@ class WrappingOptimizer(Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's own."""
+        """The `param_groups` of the wrapped optimizer."""
         return self.optimizer.param_groups
 
     @param_groups.setter
@@ -33,7 +33,7 @@ class WrappingOptimizer(Optimizer):
 
     @property
     def state(self) -> Any:
-        """The wrapped optimizer's own."""
+        """The `state` of the wrapped optimizer."""
         return self.optimizer.state
 
     @state.setter
@@ -42,25 +42,25 @@ class WrappingOptimizer(Optimizer):
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The wrapped optimizer's own."""
+        """The `defaults` of the wrapped optimizer."""
         return self.optimizer.defaults
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As the wrapped optimizer's."""
+        """Call `zero_grad` of the wrapped optimizer."""
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As the wrapped optimizer's."""
+        """Call `add_param_group` of the wrapped optimizer."""
         self.optimizer.add_param_group(param_group)
 
     def __getattr__(self, name: str) -> Any:
-        # What an optimizer has beyond torch.optim's interface, such as the train() of schedule-free ones.
-        if name == "optimizer":  # not there yet, while unpickling
+        # Methods beyond the torch.optim interface, such as train() of schedule-free optimizers.
+        if name == "optimizer":  # not set yet during unpickling
             raise AttributeError(name)
         return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        # As those of torch.optim, hooks are not copied. A scheduler has put a step that is bound to this object.
+        # Hooks are not copied, as in torch.optim; nor is the `step` that a scheduler has bound to this object.
         bound = ("step", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
         return {name: value for name, value in self.__dict__.items() if name not in bound}
 

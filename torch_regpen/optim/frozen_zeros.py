@@ -1,4 +1,4 @@
-"""Zeros that hold: weights that are exactly zero are kept there, while the others are fitted without the penalty."""
+"""Frozen zeros: keep weights that are exactly zero at zero, while the others are trained without the penalty."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from .dual_averaging import GAP, STEPS
 
 __all__ = ["OWN", "SURVIVORS", "FrozenZeros"]
 
-FROZEN = "zeros_frozen"  # in a param_group: its zeros are frozen
-SURVIVORS = "survivors"  # in the state of a parameter: a mask, False where it is held; or 0-dim, for all of it
-STEPPED = "stepped"  # in the state of a zero parameter for which the optimizer keeps nothing: training made it so
-OWN = (GAP, STEPS, SURVIVORS)  # the tensors that the package keeps in the state of a parameter
+FROZEN = "zeros_frozen"  # key in a param_group, if its zeros are frozen
+SURVIVORS = "survivors"  # in the state of a parameter: a mask, False where the weight is held at zero
+STEPPED = "stepped"  # in the state of a zero parameter without other state: training made it zero
+OWN = (GAP, STEPS, SURVIVORS)  # the tensors that this package adds to the state of a parameter
 
 
 class ByTensor(WeakTensorKeyDictionary):
-    """What is kept for tensors, as long as they live; a copy has it for the copies of the tensors."""
+    """A dict with tensors as weak keys. A deep copy or a pickle has the copied tensors as keys."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MutableMapping[Tensor, Any]:
         return _by_tensor(copy.deepcopy(self.__reduce__()[1][0], memo))
@@ -46,10 +46,13 @@ def _by_tensor(items: Iterable[tuple[Tensor, Any]] = ()) -> MutableMapping[Tenso
 
 
 class FrozenZeros:
-    """Which elements of the penalized parameters are held at zero; around a center, at their center.
+    """Masks of the elements of penalized parameters that are held at zero (with a center, at their center).
 
-    A mask lies in the optimizer's state of its parameter, and until there is one, here: what an optimizer finds there
-    before its first step, it takes for its own.
+    The mask of a parameter is in the optimizer state of the parameter. Before the first step it is kept here instead:
+    many optimizers initialize the state of a parameter only if it is empty.
+
+    Args:
+        optimizer: the wrapped optimizer.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -61,18 +64,21 @@ class FrozenZeros:
 
     @property
     def on(self) -> bool:
-        """Whether zeros are frozen."""
+        """Whether zeros are currently frozen."""
         return any(FROZEN in group for group in self._optimizer.param_groups)
 
     def start(self) -> None:
-        """From now on, zeros are held."""
+        """Mark the zeros as frozen in the param_groups."""
         for group in self._optimizer.param_groups:
             group[FROZEN] = True
 
     def freeze(self, terms: list[Term]) -> None:
-        """Hold the zeros of a parameter, or those of the units that span several; state is zeroed with them.
+        """Hold the zeros of the parameters of some terms, and set their optimizer state to zero.
 
-        What is zero everywhere and was not stepped yet is left free.
+        A parameter that is zero everywhere and was not updated yet is not held.
+
+        Args:
+            terms: all terms of one tensor, or of groups that span several tensors.
         """
         for w, survivors in _survivors_of(terms):
             if not self._was_stepped(w):
@@ -87,7 +93,7 @@ class FrozenZeros:
                 self._early[w] = survivors
 
     def thaw(self) -> None:
-        """Hold none."""
+        """Release all held elements."""
         for group in self._optimizer.param_groups:
             group.pop(FROZEN, None)
         for state in self._optimizer.state.values():
@@ -95,17 +101,17 @@ class FrozenZeros:
         self._early.clear()
 
     def silence(self, active: list[TensorBatch]) -> None:
-        """Zero the gradient of what is held, which would otherwise go on moving momentum and moments."""
+        """Set the gradient of held elements to zero, so that momentum and second moments stay zero."""
         for terms in (terms for batch in active if FROZEN in batch.group for terms in batch.each):
             for _, w in terms[0].named_parameters:
-                if self._survivors(w) is None:  # it was frozen before its first step, and comes from a checkpoint
+                if self._survivors(w) is None:  # frozen before its first step, and then loaded from a checkpoint
                     self.freeze(terms)
                 survivors = self._survivors(w)
                 if survivors is not None and w.grad is not None and not w.grad.is_sparse:
                     local(w.grad).masked_fill_(~local(survivors), 0)
 
     def hold(self, active: list[TensorBatch]) -> None:
-        """Put back what an update has moved all the same."""
+        """Reset held elements that an update has changed nevertheless."""
         for terms in (terms for batch in active for terms in batch.each):
             center = _center(terms)
             for _, w in terms[0].named_parameters:
@@ -118,7 +124,7 @@ class FrozenZeros:
                     local(w).copy_(torch.where(local(survivors), local(w), local(center)))
 
     def note(self, active: list[TensorBatch]) -> None:
-        """Remember which parameters have been in a step, and put the masks that wait for it into their states."""
+        """Record which parameters were updated, and move the masks kept here to their optimizer state."""
         if torch.compiler.is_compiling():
             self._compiled = True
             return
@@ -131,7 +137,7 @@ class FrozenZeros:
                     self._optimizer.state[w][SURVIVORS] = self._early.pop(w)
 
     def mark_stepped(self) -> None:
-        """Leave word in the optimizer's state, for a checkpoint, that training has made a parameter zero everywhere."""
+        """Record in the optimizer state, for a checkpoint, which parameters training has made zero everywhere."""
         for w in (w for group in self._optimizer.param_groups for w in group["params"] if w in self._stepped):
             if not self._optimizer.state.get(w) and all_zero(w):
                 self._optimizer.state[w][STEPPED] = True
@@ -147,9 +153,9 @@ class FrozenZeros:
 
 
 def _survivors_of(terms: list[Term]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each parameter of the terms, and where it is not at zero, or at its center."""
+    """Yield each parameter of the terms with a mask of its elements that are not zero (not at their center)."""
     joint, length = terms[0].joint, terms[0].length
-    if joint is not None:  # a bias may be zero in a unit that is not
+    if joint is not None:  # a zero bias in a nonzero unit is not held
         matrix = joint.gather(joint.parameters)
         alive = (matrix != 0).any(dim=1, keepdim=True).expand_as(matrix)
         if any(isinstance(term.grouping, Elements) for term in terms):
@@ -160,16 +166,16 @@ def _survivors_of(terms: list[Term]) -> Iterator[tuple[Tensor, Tensor]]:
         return
     w, center = terms[0].tensor, _center(terms)
     survivors = w.detach() != (0 if center is None else center)
-    if length is not None:  # under weight_norm a zero weight is one of length 0
+    if length is not None:  # under weight_norm, a weight of length 0 is zero
         survivors = survivors & (length.detach() != 0)
     yield w, survivors
 
 
 def all_zero(parameter: Tensor) -> bool:
-    """Whether a parameter is zero everywhere, on every rank; reads it back from the device."""
+    """Whether a parameter is zero everywhere, on every rank. This synchronizes with the device."""
     return bool(max_over_ranks([(largest(local(parameter.detach()).abs()), parameter)]) == 0)
 
 
 def _center(terms: list[Term]) -> Tensor | None:
-    """The point at which the terms of a parameter make zeros; None for the origin."""
+    """The center at which the terms of a parameter hold elements; None for zero."""
     return next((term.center for term in terms if term.linear or term.penalty.coefficients is None), None)

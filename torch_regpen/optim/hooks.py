@@ -1,4 +1,4 @@
-"""Step hooks: those of an optimizer that wraps another, and what comes right after the update of the wrapped one."""
+"""Step hooks of a wrapping optimizer, and a callback right after the update of the wrapped optimizer."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ __all__ = ["hooked", "updated"]
 
 
 def hooked(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets `step` call the hooks that were registered on its optimizer, as torch.optim does.
+    """Decorate `step` to call the step hooks registered on its optimizer, as torch.optim does.
 
-    The global hooks are called by the step of the wrapped optimizer.
+    Global hooks are not called here, because the step of the wrapped optimizer calls them.
+
+    Raises:
+        RuntimeError: a pre-hook returns something else than None or `(new_args, new_kwargs)` (when `step` is called).
     """
 
     @wraps(step)
@@ -38,16 +41,16 @@ def hooked(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def updated(optimizer: Optimizer, *args: Any, finish: Callable[[], None]) -> Any:
-    """`optimizer.step(*args)`, with `finish()` after the update.
+    """Call `optimizer.step(*args)` and, once, `finish()` after the update; return the result of the step.
 
-    It comes after the hooks of that optimizer and before the global ones, which see what it has done. Where a hook
-    raises it comes all the same.
+    `finish` runs after the post-hooks of the optimizer and before the global post-hooks, which see its effect. If a
+    post-hook raises, `finish` still runs.
     """
     if torch.compiler.is_compiling() or not hasattr(optimizer, "_optimizer_step_post_hooks"):
         result = optimizer.step(*args)
         finish()
         return result
-    depth, moved, finished = 0, False, False  # a subclass may call the step that it overrides, hooks included
+    depth, moved, finished = 0, False, False  # an overriding step may call the base step, and its hooks
 
     def enter(*_: Any) -> None:
         nonlocal depth
@@ -64,9 +67,9 @@ def updated(optimizer: Optimizer, *args: Any, finish: Callable[[], None]) -> Any
             finished = True
             finish()
 
-    left = optimizer.register_step_post_hook(leave)
-    optimizer._optimizer_step_post_hooks.move_to_end(left.id, last=False)  # type: ignore[attr-defined]
-    handles = [left, optimizer.register_step_pre_hook(enter), optimizer.register_step_post_hook(last)]
+    leave_handle = optimizer.register_step_post_hook(leave)
+    optimizer._optimizer_step_post_hooks.move_to_end(leave_handle.id, last=False)  # type: ignore[attr-defined]
+    handles = [leave_handle, optimizer.register_step_pre_hook(enter), optimizer.register_step_post_hook(last)]
     try:
         result = optimizer.step(*args)
         moved = True

@@ -1,4 +1,4 @@
-"""RegularizedOptimizer: any torch optimizer, with penalties applied in its step, without autograd."""
+"""RegularizedOptimizer: wraps any torch optimizer and applies penalties in its step, without autograd."""
 
 from __future__ import annotations
 
@@ -31,59 +31,54 @@ Active = list[tuple[AppliedPenalty, list[TensorBatch]]]  # each penalty with its
 
 
 class RegularizedOptimizer(WrappingOptimizer):
-    """Steps the wrapped optimizer and applies `lam * Omega(w)` itself, on the parameters that have a gradient.
+    """An optimizer that wraps another: `step()` also applies `lam * Omega(w)` to each parameter that has a gradient.
 
-    It shares `param_groups`, `state` and `defaults` with the optimizer that it wraps, so that schedulers, scalers,
-    closures and trainers take it in its place. Each parameter's step size is the `lr` of its own param_group.
+    It shares `param_groups`, `state` and `defaults` with the wrapped optimizer, so schedulers, GradScaler, closures and
+    trainers accept it. Below, `lr` is that of the param_group of each parameter. The modes are:
 
-    - `"coupled"`: `grad += lam * subgradient`, then the optimizer steps, as with the penalty in the loss. For L2 it is
-      `weight_decay=2*lam` of SGD, Adam and the others.
-    - `"decoupled"`: `w -= lr * lam * subgradient`, in which no element (group) crosses zero, then the optimizer steps
-      on the plain gradient. For L2 it is the decay of AdamW at `weight_decay=2*lam` (Loshchilov and Hutter 2019).
-    - `"dual"`: regularized dual averaging (Xiao 2010). Beside each penalized parameter lies its gap `d`, what the
-      penalty has taken from it so far. The optimizer steps on the visible weights `w`; then `latent = w + d`,
-      `S += s`, `w = prox(latent, S*lam)`, `d = latent - w`. Weights that were zero can come back with all that they
-      have gathered, and survivors carry little bias. For convex kinds its fixed points are those of loss + penalty.
-    - `"proximal"`: the optimizer steps on the plain gradient, then `w = prox(w, s*lam)` with `s` the optimizer's own
-      step for a unit gradient (`lr`, for plain SGD): exact zeros, and the solution of `"coupled"` (Beck and Teboulle
-      2009; Yun, Lozano and Yang 2021).
+    - "coupled": `grad += lam * subgradient`, then the optimizer steps. It equals the penalty in the loss; for L2 it
+      equals `weight_decay=2*lam` of SGD and Adam.
+    - "decoupled": `w -= lr * lam * subgradient`, stopping at zero, then the optimizer steps on the loss alone. For L2
+      it equals `weight_decay=2*lam` of AdamW (Loshchilov and Hutter 2019).
+    - "proximal": the optimizer steps, then `w = prox(w, s*lam)`, where `s` is the step that the optimizer takes for a
+      unit gradient (`lr` for plain SGD). It makes exact zeros (Beck and Teboulle 2009; Yun, Lozano and Yang 2021).
+    - "dual": dual averaging (RDA, Xiao 2010). For each weight, the state holds its gap `d`, the amount that the penalty
+      has subtracted so far, and the sum `S` of all steps `s`. The optimizer steps, then `latent = w + d`, `S += s`,
+      `w = prox(latent, S*lam)`, `d = latent - w`. Zeros can become nonzero again; large weights have little bias.
 
-    Half-precision weights are shrunk in float32 and rounded back: a step of less than half a unit in the last place
-    (0.2 to 0.4% of a weight in bfloat16, 0.02 to 0.05% in float16) changes nothing. The way out is `"dual"`, which
-    keeps `S` in float32, where small steps add up; or weights in float32, under autocast.
+    For convex penalties, "coupled", "proximal" and "dual" share their fixed points: stationary points of loss + penalty.
+
+    Half-precision weights lose updates below 0.4% (bfloat16) or 0.05% (float16) of a weight to rounding. Use "dual",
+    which keeps `S` in float32, or autocast with float32 weights.
 
     Args:
-        optimizer: any `torch.optim.Optimizer`, with its parameters.
-        penalty: a penalty; a list of them, which is their sum; or a list of `(penalty, mode)` pairs, each of which the
-            same step applies in its own mode.
-        mode: one of the above, for each penalty without one of its own.
-        metric: for `"proximal"` and `"dual"`: `"auto"` takes `s` from the optimizer's state, and `lr` for an optimizer
-            that it does not know; `"euclidean"` takes `lr`; a callable `(optimizer, parameter, group)` returns `s`, a
-            number or a tensor.
+        optimizer: any `torch.optim.Optimizer`.
+        penalty: a penalty, a list of penalties (their sum), or a list of `(penalty, mode)` pairs; see `Penalty` for the
+            units of `lam`.
+        mode: the mode of each penalty that has none of its own.
+        metric: the step `s` of "proximal" and "dual". "auto" computes it from the state of optimizers in torch.optim
+            and takes `lr` for others, with a warning. "euclidean" takes `lr`. A callable `(optimizer, parameter, group)`
+            returns a number or a tensor of the parameter's shape.
 
     Attributes:
-        penalty: all penalties, as a sum where there are several.
-        zeroing_penalty: those in the proximal or the dual mode, which make zeros by a proximal map; else None.
+        penalty: the penalty, or the sum of all penalties.
+        zeroing_penalty: the sum of the penalties in mode "proximal" or "dual"; None if there are none.
 
     Raises:
-        TypeError: not an optimizer, not a penalty.
-        ValueError: an unknown mode or metric; the same penalty twice; the optimizer does not own a penalized parameter;
-            a penalty has no gradient, or no prox in closed form, where the mode needs it.
+        TypeError: `optimizer` is not an optimizer, or is already wrapped; `penalty` is not a penalty.
+        ValueError: unknown `mode` or `metric`; a penalty given twice, on parameters that the optimizer does not own, or
+            without the gradient or the proximal map that its mode needs.
 
     Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> from torch_regpen import L1, L2, RegularizedOptimizer
-        >>> model = nn.Linear(4, 2)
+        >>> import torch, torch_regpen as rp
+        >>> model = torch.nn.Linear(4, 2)
         >>> adamw = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0)
-        >>> penalties = [(L2(model, 0.05), "decoupled"), (L1(model, 1e-4), "proximal")]  # AdamW with exact zeros
-        >>> optimizer = RegularizedOptimizer(adamw, penalties)
-        >>> model(torch.ones(1, 4)).sum().backward()
-        >>> optimizer.step()
+        >>> pairs = [(rp.L2(model, lam=0.05), "decoupled"), (rp.L1(model, lam=1e-4), "proximal")]
+        >>> optimizer = rp.RegularizedOptimizer(adamw, pairs)  # AdamW with exact zeros
     """
 
-    # GradScaler then unscales the gradients itself, and skips the step, instead of leaving both to a fused optimizer:
-    # the penalty never meets the loss scale.
+    # With False, GradScaler unscales the gradients (or skips the step) before step(), even for fused optimizers, so the
+    # penalty is never added to scaled gradients.
     _step_supports_amp_scaling = False
 
     def __init__(
@@ -96,7 +91,7 @@ class RegularizedOptimizer(WrappingOptimizer):
     ) -> None:
         if isinstance(optimizer, RegularizedOptimizer):
             raise TypeError(
-                "optimizer is a RegularizedOptimizer already; wrap its optimizer once, with a list of all penalties"
+                "optimizer is a RegularizedOptimizer already; wrap its .optimizer once, with a list of all penalties"
             )
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
@@ -114,14 +109,15 @@ class RegularizedOptimizer(WrappingOptimizer):
         _check_overlap(zeroing)
         self.zeroing_penalty = _sum([applied.penalty for applied in zeroing]) if zeroing else None
         for part in self.penalty.parts:
-            part.seen["in_loss"] = False  # a loss that it was in before has nothing to do with this optimizer
+            part.seen["in_loss"] = False  # ignore losses from before this optimizer existed
 
     @hooked
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the wrapped optimizer with the penalty; returns what the closure returned, with it where coupled.
+        """Step the wrapped optimizer and apply the penalties; return its result.
 
         Args:
-            closure: reevaluates the model and returns the loss, for optimizers that want it.
+            closure: reevaluates the model and returns the loss. Penalties in mode "coupled" are added to this loss, so
+                that line searches see the penalized objective.
         """
         active: Active = []
         finish = partial(self._after_update, active)
@@ -135,13 +131,23 @@ class RegularizedOptimizer(WrappingOptimizer):
 
     @torch.no_grad()
     def freeze_zeros(self) -> None:
-        """End the shrinking: exact zeros of the penalized parameters stay zero, and the penalty is off.
+        """Hold the exact zeros of the penalized parameters and turn the penalty off.
 
-        The weights that survive are then fitted without its bias (debiasing). Of several modes, the proximal and the
-        dual one end, and the others go on. Around a center, the elements at their center stay there. The optimizer's
-        state is zeroed with the weights; the gaps of the dual mode wait. A parameter that is zero everywhere and was
-        not stepped yet, such as a LoRA matrix before training, is left free. Called again, it holds the zeros that have
-        come since. It travels in `state_dict()`.
+        Further steps then fit the nonzero weights without the bias of the penalty (debiasing). If penalties have
+        different modes, only those in mode "proximal" or "dual" are turned off. With a center, elements at their center
+        are held. The optimizer state of held elements is set to 0; the gaps of mode "dual" are kept for later. A
+        parameter that is zero everywhere and was not updated yet, such as a LoRA matrix before training, is not held.
+        Another call also holds the zeros that appeared since. Frozen zeros are saved in `state_dict()`.
+
+        Example:
+            >>> import torch, torch_regpen as rp
+            >>> w = torch.tensor([[0.0, 1.0]], requires_grad=True)
+            >>> optimizer = rp.RegularizedOptimizer(torch.optim.SGD([w], lr=0.5), rp.L1([w], lam=0.1), "proximal")
+            >>> optimizer.freeze_zeros()
+            >>> w.sum().backward()
+            >>> optimizer.step()
+            >>> w.tolist()
+            [[0.0, 0.5]]
         """
         owned = owned_ids(self)
         for applied in self._freezable():
@@ -151,34 +157,35 @@ class RegularizedOptimizer(WrappingOptimizer):
         self._zeros.start()
 
     def unfreeze_zeros(self) -> None:
-        """Undo `freeze_zeros`: all weights may move, and the penalty is on."""
+        """Undo `freeze_zeros`: all weights may change, and the penalty is on again."""
         self._zeros.thaw()
 
     def reset_gaps(self) -> None:
-        """Begin the average of the dual mode anew at the weights as they are; else the gaps go on, as momentum does."""
+        """Restart dual averaging (mode "dual") from the current weights: discard all gaps and sums of steps."""
         dual_averaging.reset(list(self.state.values()))
 
     @property
     def zeros_are_frozen(self) -> bool:
-        """Whether `freeze_zeros` has been called, here or before the checkpoint that was loaded."""
+        """Whether `freeze_zeros` is in effect, by a call here or by a loaded checkpoint."""
         return self._zeros.on
 
     @property
     def averages(self) -> bool:
-        """Whether a penalty is in the dual mode."""
+        """Whether a penalty is in mode "dual"."""
         return any(applied.name == "dual" for applied in self._applied)
 
     def before_prox(
         self, sample: Callable[[list[Term]], Slicer] = lambda terms: lambda x: x
     ) -> Iterator[tuple[list[Term], float | Tensor | None]]:
-        """What the proximal map is about to see, for a hook between the update and the map that sets lambda.
+        """Yield what the proximal map is about to process, for a step hook that sets lambda right before the map.
 
         Args:
-            sample: returns, for the terms of a tensor, what takes a part of it and of each tensor beside it.
+            sample: a function of the terms of a tensor. It returns a function that takes a part of this tensor and of
+                other tensors of its shape.
 
         Yields:
-            The terms on the sample of each tensor that the map will move, and what will multiply lambda there; None
-            where a tensor has no gradient or its zeros are frozen.
+            The terms on a sample of each tensor, and the factor that the map will apply to lambda; None instead of the
+            factor if the map will not change the tensor, because it has no gradient or its zeros are frozen.
         """
         for applied in self._applied:
             if not isinstance(applied.mode, Proximal):
@@ -233,17 +240,17 @@ class RegularizedOptimizer(WrappingOptimizer):
                 zero_lengths_(batch)
 
     def _freezable(self) -> list[AppliedPenalty]:
-        """The penalties whose zeros `freeze_zeros` holds, and which it ends."""
+        """The penalties that `freeze_zeros` turns off, and whose zeros it holds."""
         return [applied for applied in self._applied if applied.makes_zeros] or self._applied
 
     def _frozen(self, active: Active) -> list[TensorBatch]:
-        """The parameters whose zeros are held."""
+        """The batches of parameters whose zeros are held."""
         if not self._zeros.on:
             return []
         return [batch for applied, batches in active if applied in self._freezable() for batch in batches]
 
     def _shrinking(self, active: Active) -> Active:
-        """The penalties that are on."""
+        """The penalties that are not turned off by `freeze_zeros`."""
         if not self._zeros.on:
             return active
         return [(applied, batches) for applied, batches in active if applied not in self._freezable()]
@@ -253,24 +260,24 @@ class RegularizedOptimizer(WrappingOptimizer):
             return
         self._warned_in_loss = True
         warn(
-            "this penalty is in the loss and in the optimizer at once, and counts double; take penalty() out of the "
-            "loss, or the penalty out of the optimizer"
+            "this penalty is in the loss and in the optimizer, so it counts double; remove penalty() from the "
+            "loss, or the penalty from the optimizer"
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's own, loadable with and without the wrapper."""
+        """The state dict of the wrapped optimizer, which it can load with or without this wrapper."""
         self._zeros.mark_stepped()
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As the wrapped optimizer's; gaps, sums of steps (in float32 at least) and frozen zeros come back too."""
+        """Load a state dict of the wrapped optimizer, including gaps, sums of steps and frozen zeros if it has them."""
         self.optimizer.load_state_dict(state_dict)
         self._zeros = FrozenZeros(self.optimizer)
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         for key, tensor in zip(keys, tensors, strict=True):
             saved = state_dict["state"].get(key, {})
-            for name in OWN:  # torch.optim has cast them to the dtype of the parameter
+            for name in OWN:  # torch.optim casts state to the dtype of the parameter; undo it
                 if name in saved:
                     dtype = torch.bool if name == SURVIVORS else saved[name].dtype
                     self.state[tensor][name] = saved[name].to(tensor.device, dtype, copy=True)
@@ -282,15 +289,14 @@ class RegularizedOptimizer(WrappingOptimizer):
 
 
 def _by_mode(penalty: Any, default: str) -> dict[str, list[Penalty]]:
-    """The penalties of each mode, in the order in which a step applies the modes."""
+    """Group the penalties by mode, in the order in which a step applies the modes."""
     given = [penalty] if isinstance(penalty, Penalty) else list(penalty) if isinstance(penalty, Iterable) else []
     found: dict[str, list[Penalty]] = {mode: [] for mode in MODES}
     for entry in given:
         part, mode = entry if isinstance(entry, tuple) and len(entry) == 2 else (entry, default)
         if not isinstance(part, Penalty):
             raise TypeError(
-                "penalty must be a Penalty or a list of them, or of (penalty, mode) pairs; given is a "
-                f"{type(part).__name__}"
+                f"penalty must be a Penalty or a list of them, or of (penalty, mode) pairs; got a {type(part).__name__}"
             )
         if not isinstance(mode, str) or mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(map(repr, sorted(MODES)))}, not {mode!r}")
@@ -300,7 +306,7 @@ def _by_mode(penalty: Any, default: str) -> dict[str, list[Penalty]]:
         raise TypeError(f"penalty must be a Penalty or a list of them, not {penalty!r}")
     twice = next((part for i, part in enumerate(parts) if any(part is other for other in parts[:i])), None)
     if twice is not None:
-        raise ValueError(f"the same penalty is given twice, and would count double: {twice!r}")
+        raise ValueError(f"the same penalty is given twice and would count double: {twice!r}")
     if default not in MODES:
         raise ValueError(f"mode must be one of {', '.join(map(repr, sorted(MODES)))}, not {default!r}")
     return {mode: penalties for mode, penalties in found.items() if penalties}
@@ -311,14 +317,14 @@ def _sum(penalties: list[Penalty]) -> Penalty:
 
 
 def _check_overlap(zeroing: list[AppliedPenalty]) -> None:
-    """Raise `ValueError` where two proximal maps would act on the same parameter, one after the other."""
+    """Raise `ValueError` if two proximal maps would be applied to the same parameter, one after the other."""
     seen: set[int] = set()
     for batch in (batch for applied in zeroing for batch in applied.batches()):
         names = [name for terms in batch.each for name, w in terms[0].named_parameters if id(w) in seen]
         if names:
             what = "units that span it and others" if isinstance(batch, JointBatch) else "another mode or grouping"
             raise ValueError(
-                f"parameter {names[0]!r} is in two proximal maps, one over {what}, and the prox of their sum is not "
-                "known in closed form; use SparseGroupLasso, or another mode for one of them"
+                f"parameter {names[0]!r} is in two proximal maps, one over {what}, and the prox of their sum has no "
+                "closed form; use SparseGroupLasso, or another mode for one of them"
             )
         seen |= {id(w) for w in batch.tensors}

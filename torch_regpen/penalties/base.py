@@ -1,7 +1,7 @@
-"""Penalty: a scalar function of magnitudes on the parameters of a model, times lambda; and sums of penalties.
+"""Penalty, the base class of all penalties on parameters, and Sum.
 
-The loss term, the gradient, the proximal map and the distance to stationarity are written here once, for every kind. A
-kind is a subclass that gives `rho`, `rho_grad` and `rho_prox`.
+A subclass defines a penalty by the scalar functions `rho`, `rho_grad` and `rho_prox`. The base class computes from them
+the loss term, the gradient, the proximal map and the distance to stationarity.
 """
 
 from __future__ import annotations
@@ -36,94 +36,100 @@ __all__ = ["Penalty", "Sum"]
 
 
 class Penalty(PenalizedParameters):
-    r"""`lam * Omega(w)` with `Omega(w) = sum_g n_g * rho(||w_g|| / sqrt(n_g))`, on chosen parameters of a model.
+    r"""`lam * Omega(w)` with `Omega(w) = sum_g n_g * rho(||w_g|| / sqrt(n_g))`, over groups g of `n_g` elements.
 
-    Call it for the loss term, `loss = criterion(model(x), y) + penalty()`, or give it to a `RegularizedOptimizer`. It
-    owns no parameter and looks those of a module up at each use.
+    Without `groups`, each element is a group: `Omega(w) = sum rho(|w|)`. Add `penalty()` to the loss, or pass the
+    penalty to `RegularizedOptimizer`. Write your own penalty as a subclass that defines `rho`, `rho_grad` and, if it
+    exists, `rho_prox`. A penalty owns no parameters; it looks up those of a module at each use.
 
-    To write a kind of your own, subclass and give `rho(u)` and `rho_grad(u)`, and `rho_prox(u, t)` where it exists, on
-    a tensor `u >= 0` of magnitudes; keyword arguments of its own go to its `__init__`, the rest to
-    `super().__init__(params, lam, **kw)`.
+    Units of `lam`: loss per `Omega`. The loss and mode "coupled" add `lam * subgradient` to the gradient, before any
+    learning rate. Per step, mode "decoupled" subtracts `lr * lam * subgradient` from the weights; mode "proximal" and
+    `prox_(step)` apply the prox with `t = step * lam`; mode "dual" with `t` = the sum of all steps so far times `lam`.
 
     Args:
-        params: an `nn.Module`; or an iterable of tensors, or of `(name, tensor)`; or of dicts
-            `{"params": ..., "lam": ..., "select": ..., "exclude": ...}`, as torch.optim's parameter groups are.
-        lam: lambda, 0 or more: the factor on `Omega`, each step anew, never multiplied by a learning rate in the loss.
-        select: which parameters of a module. None or `"weights"`: what the layers multiply with; no bias, no scale of a
-            norm or of a layer, no token or position embedding held as a raw parameter, nothing on the model's own
-            `no_weight_decay()` list. `"all"`; a glob on the qualified name; a module type: all parameters of such
-            modules; a callable `(name, parameter) -> bool`. In a list or tuple, entries of one form are alternatives,
-            and different forms must all hold: `("weights", nn.Linear, "encoder.*")`. Beside tensors given as such, only
-            `"weights"` (by shape and name) and `"all"`.
-        exclude: which of them not, in the same forms; a shared parameter is left out under all its names.
-        groups: None (each element), `"output"` or `"input"` (the weights into or out of a unit), a dimension,
-            `"tensor"`, or one of `torch_regpen.groups`.
-        scale: False takes the norm of a group in place of its root mean square and counts each group once.
-        center: `"initial"` (the weights as they are now) or a state dict: the penalty is then on `w - center`; L2 so is
-            L2-SP, for fine-tuning (Li, Grandvalet and Davoine 2018). Not part of `state_dict()`.
-        weights: a dict of name to non-negative factors on lambda, of the parameter's shape, or one for each group (the
-            adaptive lasso, Zou 2006); a missing name counts 1.
+        params: an `nn.Module`; or an iterable of tensors, of `(name, tensor)`, or of parameter groups: dicts
+            `{"params": ..., "lam": ..., "select": ..., "exclude": ...}`.
+        lam: lambda, 0 or more.
+        select: the parameters of a module to penalize. None or "weights": without biases, scales (of norms or layers),
+            raw token and position embeddings, and names on the model's `no_weight_decay()` list. "all". A glob on the
+            qualified name. A module type. A callable `(name, parameter) -> bool`. A list of these: entries of the same
+            form are alternatives, different forms must all match. For bare tensors only "weights" and "all".
+        exclude: the selected parameters to leave out, in the same forms.
+        groups: None (elements), "output" or "input" (units of a layer), an int (a dimension), "tensor", or a grouping
+            from `torch_regpen.groups`.
+        scale: if False, a group has magnitude `||w_g||` and counts once.
+        center: "initial" (a copy of the present weights) or a state dict: penalize `w - center`. With L2 this is L2-SP
+            (Li, Grandvalet and Davoine 2018). It is not saved in `state_dict()`.
+        weights: a dict from name to non-negative factors on lambda, one per element or per group (adaptive lasso, Zou
+            2006); default 1.
 
     Raises:
-        TypeError: `lam` is not a number; `params` is not one of the above.
-        ValueError: `lam` is negative or not finite; nothing is selected; a parameter is in two groups, does not divide
-            into the groups, is missing from `center`, or has `weights` of another shape.
+        TypeError: `lam` is not a number; `params` has none of these forms.
+        ValueError: `lam` is negative or not finite; nothing is selected; a parameter is in two parameter groups, cannot
+            be divided into the groups, is missing from `center`, or has `weights` of the wrong shape.
 
     Attributes:
-        param_groups: a list with a dict for each group of parameters; set its `"lam"` at any time.
+        param_groups: a list with one dict per parameter group; its "lam" can be set at any time.
+
+    Example:
+        >>> import torch, torch_regpen
+        >>> class Quartic(torch_regpen.Penalty):
+        ...     def rho(self, u): return u**4
+        >>> Quartic([torch.ones(2, 2)], lam=0.5)().item()
+        2.0
     """
 
-    #: (a, b) where `rho(u) = a*u + b*u^2`; sums of such kinds have a prox in closed form.
+    #: (a, b) if `rho(u) = a*u + b*u^2`, else None. The prox of a sum of such penalties has a closed form.
     coefficients: tuple[float, float] | None = None
     #: Whether the prox also keeps `w >= 0`.
     positive: bool = False
-    #: Whether it is a scalar function times a grouping, and not a function of the whole tensor.
+    #: Whether `Omega` is a sum of `rho` over groups. If False, it is a function of the whole tensor.
     separable: bool = True
 
     def rho(self, u: Tensor) -> Tensor:
-        """`rho(u)`, elementwise, for magnitudes `u >= 0`."""
-        raise NotImplementedError(f"{type(self).__name__} gives no rho(u)")
+        """`rho(u)` for each magnitude `u >= 0`."""
+        raise NotImplementedError(f"{type(self).__name__} does not define rho(u)")
 
     def rho_grad(self, u: Tensor) -> Tensor:
-        """`rho'(u)`; at 0 the right derivative, which may be infinite."""
-        raise NotImplementedError(f"{type(self).__name__} gives no rho_grad(u)")
+        """`rho'(u)` for each magnitude; at 0 the right derivative, which may be infinite."""
+        raise NotImplementedError(f"{type(self).__name__} does not define rho_grad(u)")
 
     def rho_prox(self, u: Tensor, t: float | Tensor) -> Tensor:
-        """`argmin_{v >= 0} 1/2 (v - u)^2 + t * rho(v)`; `t` is a float or a tensor that broadcasts."""
-        raise NotImplementedError(f"{type(self).__name__} gives no rho_prox(u, t)")
+        """`argmin_{v >= 0} 1/2 (v - u)^2 + t * rho(v)`; `t` is a float or a tensor that broadcasts to `u`."""
+        raise NotImplementedError(f"{type(self).__name__} does not define rho_prox(u, t)")
 
     def omega(self, x: Tensor, grouping: Grouping, factor: float | Tensor) -> Tensor:
-        """`factor * Omega(x)` of one tensor, 0-dim."""
+        """`factor * Omega(x)` for one tensor, as a 0-dim tensor."""
         return F.value(self.rho, x, grouping, factor)
 
     def omega_grad(self, x: Tensor, grouping: Grouping, factor: float | Tensor) -> Tensor:
-        """Its (sub)gradient, differentiable."""
+        """The (sub)gradient of `omega`, with the shape of `x`; differentiable."""
         return F.grad(self.rho_grad, x, grouping, factor)
 
     def has_grad(self) -> bool:
-        """Whether the kind has a gradient to descend."""
+        """Whether the penalty has a gradient that an optimizer can use."""
         return type(self).rho_grad is not Penalty.rho_grad
 
     def has_prox(self) -> bool:
-        """Whether the kind has a proximal map."""
+        """Whether the penalty has a proximal map."""
         return type(self).rho_prox is not Penalty.rho_prox
 
     @property
     def parts(self) -> list[Penalty]:
-        """The penalties of which this one is the sum; of any but a sum, itself."""
+        """The summands of a `Sum`; for any other penalty, a list of itself."""
         return [self]
 
     def forward(self, input: Any = None) -> Any:
-        """`sum lam * Omega(w)` over all penalized parameters, a 0-dim tensor to add to the loss.
+        """Return `sum lam * Omega(w)` over all penalized parameters, a 0-dim tensor to add to the loss.
 
-        It is float64 where any parameter is, else float32, on the first parameter's device; differentiable, twice too.
-        It is 0 where all parameters are frozen.
+        The result is float64 if any parameter is, else float32, on the device of the first parameter. It is twice
+        differentiable. If all parameters are frozen, it is 0.
 
         Args:
-            input: of a layer before it, where the penalty is a member of an `nn.Sequential`: it is returned as it is.
+            input: the output of the previous layer if the penalty is in an `nn.Sequential`; it is returned unchanged.
 
         Raises:
-            RuntimeError: under a transform of torch.func that differentiates other tensors than the penalized ones.
+            RuntimeError: a transform of torch.func differentiates with respect to other tensors than the parameters.
         """
         if input is not None:
             return input
@@ -138,43 +144,46 @@ class Penalty(PenalizedParameters):
 
     @torch.no_grad()
     def add_grad_(self, *, return_value: bool = False) -> Tensor | None:
-        """`grad += lam * (sub)gradient`, in place, without autograd; a parameter whose `.grad` is None is passed over.
+        """`grad += lam * (sub)gradient`, in place and without autograd. Parameters whose `.grad` is None are skipped.
 
-        Call it between `loss.backward()` and `optimizer.step()`, before clipping if the penalty is to be clipped too.
+        Call it between `loss.backward()` and `optimizer.step()`; call it before gradient clipping to clip both.
 
         Args:
-            return_value: returns what `penalty()` does, if it can from the same pass over the weights.
+            return_value: also return the value of `penalty()`, computed in the same pass over the weights if possible.
+
+        Raises:
+            ValueError: the penalty has no gradient (L0, `positive=True`).
         """
         work = self.batches()
         for batch in work:
             check_grad(batch.terms)
         values: list[Tensor] = []
-        left: list[TensorBatch] = []  # whose value takes a pass of its own
+        remaining: list[TensorBatch] = []  # their values need a pass of their own
         for batch in work:
             active = batch.with_grads()
             if return_value and active is not None and active.is_local and len(active.tensors) == len(batch.tensors):
                 values.append(add_grad_and_value_(active))
                 continue
-            left.append(batch)
+            remaining.append(batch)
             if active is not None:
                 add_grad_(active)
         if not return_value:
             return None
-        if left:
-            values.append(total_value(left))
+        if remaining:
+            values.append(total_value(remaining))
         return sum_values(values, work) if values else self()
 
     @torch.no_grad()
     def prox_(self, step: float | Tensor) -> None:
         """`w = prox(w, step * lam)`, in place and without autograd, for every penalized parameter.
 
-        Frozen parameters are left alone, unless all are, as those of an averaged model: then all are meant.
+        Frozen parameters are skipped, unless all are frozen (an averaged model): then it acts on all.
 
         Args:
-            step: the step size, a number or a 0-dim tensor, that the plain gradient step before it had.
+            step: the step size of the gradient step that came before, a number or a 0-dim tensor.
 
         Raises:
-            ValueError: the prox is not known in closed form.
+            ValueError: the penalty has no proximal map in closed form.
         """
         work = self.batches(frozen=True)
         for batch in work:
@@ -185,10 +194,13 @@ class Penalty(PenalizedParameters):
 
     @torch.no_grad()
     def stationarity(self) -> Tensor:
-        """`max dist(-grad, lam * subdifferential(Omega)(w))` over coordinates, or groups for group penalties; 0-dim.
+        """`max dist(-grad, lam * subdifferential(Omega)(w))`, over coordinates or over groups; a 0-dim tensor.
 
-        Call it after `loss.backward()` of the plain loss: it is 0 at a stationary point of loss + penalty, in units of
-        the gradient. Parameters without `.grad` are passed over.
+        Call it after `loss.backward()` of the loss without the penalty. It is 0 at a stationary point of loss +
+        penalty; its unit is that of the gradient. Parameters whose `.grad` is None are skipped.
+
+        Raises:
+            ValueError: the groups of the penalties overlap, so that there is no closed form.
         """
         distances = []
         for terms in by_tensor(self.terms()):
@@ -201,9 +213,9 @@ class Penalty(PenalizedParameters):
 
     @torch.no_grad()
     def sparsity(self) -> Tensor:
-        """The fraction of the penalized elements that are exactly zero, or at their center; 0-dim, float32.
+        """The fraction of the penalized elements that are exactly zero (or at their center): 0-dim, float32.
 
-        Frozen parameters are left out, unless all are. The value stays on the device.
+        Frozen parameters are skipped, unless all are frozen. It does not synchronize with the device.
         """
         tensors = [gathered(terms)[0] for terms in by_tensor(self.terms() or self.terms(frozen=True))]
         elements = sum(term.tensor.numel() for term in tensors)
@@ -212,10 +224,10 @@ class Penalty(PenalizedParameters):
 
     @torch.no_grad()
     def zero_groups(self) -> dict[str, list[int]]:
-        """For each parameter over groups, by name, the indices of the groups that are zero throughout.
+        """Return a dict from the name of each grouped parameter to the indices of its groups that are entirely zero.
 
-        Groups are what `groups` says: the features that no unit reads (`"input"`), neurons, heads, blocks. Their
-        indices count along the groups, in the order in which they lie in the tensor; it reads them from the device.
+        With `groups="input"` these are the input features that no unit uses, with "output" the dead neurons. Indices
+        number the groups in their order in the tensor. Reading them synchronizes with the device.
         """
         found: dict[str, list[int]] = {}
         for term in self.terms() or self.terms(frozen=True):
@@ -227,9 +239,9 @@ class Penalty(PenalizedParameters):
 
     @torch.no_grad()
     def summary(self) -> str:
-        """A table, a row per parameter: name, shape, lam, value, elements exactly zero, whole groups that are zero.
+        """A table as text: for each parameter its shape, lambda, value, exact zeros and zero groups; then the totals.
 
-        The last row has the totals. Around a center, what is at its center counts as zero.
+        If there is a center, elements that equal their center count as zero. It synchronizes with the device.
         """
         return summary_table(self.terms() or self.terms(frozen=True))
 
@@ -239,10 +251,10 @@ class Penalty(PenalizedParameters):
         return Sum([self, other])
 
     def __radd__(self, other: object) -> Penalty:
-        return self if isinstance(other, int) and other == 0 else NotImplemented  # where sum() of penalties begins
+        return self if isinstance(other, int) and other == 0 else NotImplemented  # sum() starts from 0
 
     def __mul__(self, factor: float) -> Penalty:
-        """The same penalty with its lambdas multiplied by a number; they are its own from then on."""
+        """A copy of the penalty, on the same parameters, with each lambda multiplied by `factor`."""
         if isinstance(factor, bool) or not isinstance(factor, numbers.Real):
             return NotImplemented
         scaled = self._shallow_copy()
@@ -254,16 +266,23 @@ class Penalty(PenalizedParameters):
 
     def __prepare_scriptable__(self) -> Any:
         raise TypeError(
-            "a model that has a penalty as a part cannot be scripted: take the penalty out of it first, or use "
+            "a model that contains a penalty cannot be scripted: take the penalty out of the model first, or use "
             "torch.compile or torch.export"
         )
 
 
 class Sum(Penalty):
-    """`p + q + ...`: the sum of penalties, each with its own parameters and lambda.
+    """The sum `p + q + ...` of penalties, each with its own parameters and lambda.
 
     Attributes:
-        penalties: its parts, on which `lam` is read and set.
+        penalties: the summands; read and set `lam` on these.
+
+    Example:
+        >>> import torch
+        >>> from torch_regpen import L1, L2
+        >>> w = torch.ones(2, 2)
+        >>> (L1([w], lam=0.5) + L2([w], lam=0.25))().item()
+        3.0
     """
 
     def __init__(self, penalties: Iterable[Penalty]) -> None:
@@ -272,30 +291,30 @@ class Sum(Penalty):
         self._selections = []
         self.penalties = nn.ModuleList(part for penalty in penalties for part in penalty.parts)
 
-    get_extra_state = nn.Module.get_extra_state  # each part has its own
+    get_extra_state = nn.Module.get_extra_state  # each summand saves its own
 
     @property
     def parts(self) -> list[Penalty]:
-        """The penalties of which it is the sum."""
+        """The summands."""
         return list(self.penalties)  # type: ignore[arg-type]
 
     @property
     def lam(self) -> float:
-        """A sum has none: read and set it on `penalties`."""
-        raise AttributeError  # python then asks __getattr__, which says why
+        """Not defined for a sum: read and set it on `penalties`."""
+        raise AttributeError  # Python then calls __getattr__, which raises with a message
 
     @lam.setter
     def lam(self, lam: float) -> None:
-        raise AttributeError("a sum has no lam of its own; set it on one of its .penalties")
+        raise AttributeError("a Sum has no lam of its own; set it on one of its .penalties")
 
     def __getattr__(self, name: str) -> Any:
         if name == "lam":
-            raise AttributeError("a sum has no lam of its own; read it on one of its .penalties")
+            raise AttributeError("a Sum has no lam of its own; read it on one of its .penalties")
         return super().__getattr__(name)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The groups of all parts."""
+        """The parameter groups of all summands."""
         return [group for part in self.parts for group in part.param_groups]
 
     def _cache_key(self) -> list[Any]:
@@ -313,7 +332,11 @@ class Sum(Penalty):
         return [term for part in self.parts for term in part.terms(frozen=frozen)]
 
     def restricted_to(self, optimizer: torch.optim.Optimizer) -> Sum:
-        """The same sum, lambdas shared, on those of its parameters that `optimizer` owns."""
+        """The same sum, with shared lambdas, on the parameters that `optimizer` owns.
+
+        Raises:
+            ValueError: it owns none of them.
+        """
         owned = owned_ids(optimizer)
         parts = [part for part in self.parts if any(id(term.tensor) in owned for term in part.terms(frozen=True))]
         if not parts:
@@ -321,5 +344,5 @@ class Sum(Penalty):
         return Sum(part.restricted_to(optimizer) for part in parts)
 
     def extra_repr(self) -> str:
-        """Nothing beside its parts."""
+        """Empty: the repr shows the summands."""
         return ""

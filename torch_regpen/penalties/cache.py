@@ -1,4 +1,4 @@
-"""The terms that a penalty has found, for as long as it would find the same."""
+"""A cache for the terms of a penalty."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ __all__ = ["TermCache"]
 class TermCache:
     """Cached terms, valid while the parameters and the settings behind them are unchanged.
 
-    Finding the terms takes longer than a step on small tensors. To check that they are still valid takes a few
-    microseconds.
+    Finding the terms takes longer than a step on small tensors; checking the cache takes a few microseconds.
     """
 
     WATCHED = attrgetter("requires_grad"), attrgetter("dtype"), attrgetter("device")
@@ -30,9 +29,9 @@ class TermCache:
         """Store terms.
 
         Args:
-            terms: what was found.
-            key: the settings that the terms depend on; they are compared by identity.
-            locations: the dict and the key in it under which each parameter is found.
+            terms: the terms.
+            key: the settings on which the terms depend; they are compared by identity.
+            locations: for each parameter, the dict that holds it and its key in this dict.
         """
         self.terms, self.batches = terms, []
         self._key = key
@@ -42,7 +41,7 @@ class TermCache:
         self._known = [list(map(get, self._parameters)) for get in self.WATCHED]
 
     def is_valid(self, key: list[Any]) -> bool:
-        """Whether the settings, the parameters and what was watched of them are unchanged."""
+        """Whether the settings, the parameters and their `WATCHED` attributes are unchanged."""
         if self._key is None or len(key) != len(self._key):
             return False
         now = list(map(dict.get, self._dicts, self._names))
@@ -50,8 +49,8 @@ class TermCache:
             all(map(is_, key, self._key))
             and all(map(is_, now, self._parameters))
             and all(all(map(eq, map(get, now), known)) for get, known in zip(self.WATCHED, self._known, strict=True))
-            and not any(map(hasattr, now, itertools.repeat("ds_id")))  # DeepSpeed has flattened it
+            and not any(map(hasattr, now, itertools.repeat("ds_id")))  # flattened by DeepSpeed
         )
 
     def __reduce__(self) -> Any:
-        return TermCache, ()  # a copy of a penalty finds its terms itself
+        return TermCache, ()  # a copy of a penalty starts with an empty cache

@@ -1,4 +1,4 @@
-"""What a penalty keeps for each parameter beside its lambda: a center, and factors on lambda."""
+"""The center and the factors on lambda (`weights`) of each parameter."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ __all__ = ["center_sums", "checked_center", "checked_weights", "entries_by_param
 def entries_by_parameter(
     refs: Iterable[ParameterRef], given: Mapping[str, Tensor], argument: str
 ) -> Iterator[tuple[ParameterRef, str, Tensor, Tensor | None]]:
-    """Each parameter, shared ones once, and what `given` has for it under any of its names, else None.
+    """Yield each parameter with the entry of `given` under any of its names, or None. Shared ones occur once.
 
     Args:
-        refs: where the parameters are.
-        given: what the user gave, by name.
-        argument: the name of the argument.
+        refs: the locations of the parameters.
+        given: the argument of the user, a dict from name to tensor.
+        argument: the name of that argument: "center" or "weights".
 
     Raises:
-        TypeError: `given` is no mapping.
-        ValueError: `weights` for a parameter that the penalty does not hold.
+        TypeError: `given` is not a mapping.
+        ValueError: `weights` has a name that is not among the parameters.
     """
     if not isinstance(given, Mapping):
         allowed = "'initial' or a state dict" if argument == "center" else "a dict of name to tensor"
-        raise TypeError(f"{argument} must be {allowed}, not {given!r}")
+        raise TypeError(f"{argument} must be {allowed}, but got {given!r}")
     found: dict[int, tuple[ParameterRef, str, Tensor]] = {}
     names: dict[int, list[str]] = {}  # a shared parameter has several
     for ref in refs:
@@ -41,54 +41,60 @@ def entries_by_parameter(
     known = {name for called in names.values() for name in called}
     unknown = sorted(key for key in given if known.isdisjoint(spellings(key)))
     if unknown and argument == "weights":
-        raise ValueError(f"weights has {unknown}, which the penalty does not hold")
+        raise ValueError(f"weights has the names {unknown}, which are not among the penalized parameters")
     given = {**{spellings(key)[-1]: entry for key, entry in given.items()}, **given}
     for key, (ref, name, tensor) in found.items():
         yield ref, name, tensor, next((given[called] for called in names[key] if called in given), None)
 
 
 def checked_center(name: str, parameter: Tensor, entry: Tensor | None) -> Tensor:
-    """A copy of the center of a parameter.
+    """Return a copy of the center of a parameter.
 
     Raises:
-        ValueError: there is none, or it has another shape.
+        ValueError: it is missing or has another shape.
     """
     if entry is None:
         raise ValueError(f"center has nothing for parameter {name!r}")
     if entry.shape != parameter.shape:
-        raise ValueError(f"center for {name!r} has shape {tuple(entry.shape)}, the parameter {tuple(parameter.shape)}")
+        raise ValueError(f"center for {name!r} has shape {tuple(entry.shape)}, but must have {tuple(parameter.shape)}")
     return entry.detach().to(parameter.device, copy=True)
 
 
 def checked_weights(name: str, parameter: Tensor, grouping: Grouping, entry: Tensor) -> Tensor:
-    """A copy of the factors on lambda of a parameter, in a shape that broadcasts to its magnitudes.
+    """Return a copy of the factors on lambda of a parameter, in the shape of its magnitudes.
 
     Raises:
-        ValueError: they have another shape, are negative or not finite, or are for singular values.
+        ValueError: they have the wrong shape, are negative or not finite, or the groups are singular values.
     """
     if isinstance(grouping, SingularValues):
-        raise ValueError(f"weights for {name!r}: singular values take none")
+        raise ValueError(f"weights for {name!r}: singular values do not support weights")
     shape = grouping.magnitudes_shape(parameter.shape)
     wanted = tuple(shape) if isinstance(grouping, Elements) else (shape.numel(),)
     if tuple(entry.shape) != wanted:
-        raise ValueError(f"weights for {name!r} have shape {tuple(entry.shape)}; allowed is {wanted}")
+        raise ValueError(f"weights for {name!r} have shape {tuple(entry.shape)}, but must have {wanted}")
     if not bool((entry >= 0).all() & entry.isfinite().all()):
         raise ValueError(f"weights for {name!r} must be 0 or more and finite")
     return entry.detach().to(parameter.device, copy=True).reshape(shape)
 
 
 def stored_for(ref: ParameterRef, stored: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor | None:
-    """What is stored for a parameter, moved to its device and sharded like it; None where nothing is stored.
+    """Return the stored tensor of a parameter, moved to its device and sharded like it; None if nothing is stored.
 
-    A parameter that was parametrized since is found by its plain name.
+    If the parameter was parametrized after its tensor was stored, the tensor is found by the name without additions.
+
+    Args:
+        ref: the location of the parameter.
+        stored: the centers or the weights at this location, by name.
+        name: the qualified name of the parameter.
+        parameter: the parameter.
 
     Raises:
-        ValueError: another parameter has taken the place of the one for which it was stored.
+        ValueError: something is stored, but for another parameter.
     """
     key = ref.name if name not in stored and (name == ref.name or name.endswith(".original")) else name
     if stored and key not in stored:
         raise ValueError(
-            f"parameter {name!r} was not there when the penalty took its center or weights; build the penalty anew"
+            f"parameter {name!r} was added after the penalty copied its center or weights; build the penalty anew"
         )
     if key not in stored:
         return None
@@ -97,7 +103,7 @@ def stored_for(ref: ParameterRef, stored: dict[str, Tensor], name: str, paramete
 
 
 def center_sums(refs: Iterable[ParameterRef]) -> Tensor:
-    """The sum and the norm of all centers, in float64: a checksum that tells one center from another."""
+    """The sum and the norm of all centers, in float64, as a checksum."""
     sums = torch.zeros(2, dtype=torch.float64)
     for center in (center for ref in refs for center in ref.centers.values()):
         x: Any = full_tensor(center.detach().abs() if center.is_complex() else center.detach()).double()

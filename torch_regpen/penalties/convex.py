@@ -1,4 +1,4 @@
-"""The convex kinds: L1, L2, the elastic net, and their products with groups and singular values."""
+"""Convex penalties: L1, L2, the elastic net, and L1 on groups and on singular values."""
 
 from __future__ import annotations
 
@@ -20,20 +20,25 @@ Center = Literal["initial"] | Mapping[str, Tensor] | None
 
 
 class ElasticNet(ScalarElasticNet, Penalty):
-    """`lam * (r * sum |w| + (1 - r) * sum w^2)`, with `r = l1_ratio` (Zou and Hastie 2005).
+    """`lam * (r * sum |w| + (1 - r) * sum |w|^2)`, where `r = l1_ratio` (Zou and Hastie 2005).
 
-    scikit-learn's ElasticNet has `alpha = lam*(r + 2*(1-r))` and `l1_ratio = lam*r/alpha`, on its loss `SSE/(2n)`.
+    scikit-learn's ElasticNet with `alpha = lam*(r + 2*(1 - r))` and `l1_ratio = lam*r/alpha` is the same penalty, added
+    to the loss `SSE/(2n)`.
 
     Args:
         params, lam, select, exclude, groups, scale, center, weights: see `Penalty`.
-        l1_ratio: the share of L1, from 0 to 1.
-        positive: the prox also keeps `w >= 0`, at `lam=0` too.
+        l1_ratio: the share `r` of L1, from 0 to 1.
+        positive: if True, the prox also keeps `w >= 0`, even with `lam=0`.
 
     Raises:
-        ValueError: `l1_ratio` is not from 0 to 1; and as `Penalty`.
+        ValueError: `l1_ratio` is not between 0 and 1; see also `Penalty`.
 
     Example:
-        >>> penalty = ElasticNet(nn.Linear(2, 2), lam=0.1, l1_ratio=0.9)
+        >>> import torch
+        >>> from torch_regpen import ElasticNet
+        >>> w = torch.tensor([[3.0, -1.0]], requires_grad=True)
+        >>> ElasticNet([w], lam=0.5, l1_ratio=0.5)().item()  # 0.5 * (0.5 * 4 + 0.5 * 10)
+        3.5
     """
 
     def __init__(
@@ -51,7 +56,7 @@ class ElasticNet(ScalarElasticNet, Penalty):
         positive: bool = False,
     ) -> None:
         if not 0 <= l1_ratio <= 1:
-            raise ValueError(f"l1_ratio must be from 0 to 1, not {l1_ratio}")
+            raise ValueError(f"l1_ratio must be between 0 and 1, but got {l1_ratio}")
         self.l1_ratio = float(l1_ratio)
         self.positive = positive
         Penalty.__init__(
@@ -73,16 +78,22 @@ class ElasticNet(ScalarElasticNet, Penalty):
 
 
 class L1(ScalarElasticNet, Penalty):
-    """`lam * sum |w|`: subtracts a constant, so that weights that do not matter become exactly 0 (Tibshirani 1996).
+    """`lam * sum |w|` (Tibshirani 1996). The proximal map makes weights that do not matter exactly 0.
 
     Args:
-        params, lam, select, exclude, groups, scale, center, weights: see `Penalty`; over groups it is the group lasso.
-        positive: the prox also keeps `w >= 0`, at `lam=0` too.
+        params, lam, select, exclude, scale, center, weights: see `Penalty`.
+        groups: see `Penalty`; with groups this is the group lasso.
+        positive: if True, the prox also keeps `w >= 0`, even with `lam=0`.
+
+    Raises:
+        TypeError, ValueError: see `Penalty`.
 
     Example:
-        >>> model = nn.Linear(2, 1)
-        >>> penalty = L1(model, lam=0.1)
-        >>> loss = model(torch.ones(1, 2)).square().mean() + penalty()
+        >>> import torch
+        >>> from torch_regpen import L1
+        >>> w = torch.tensor([[3.0, -1.0]], requires_grad=True)
+        >>> L1([w], lam=0.5)().item()
+        2.0
     """
 
     coefficients = (1.0, 0.0)
@@ -115,14 +126,21 @@ class L1(ScalarElasticNet, Penalty):
 
 
 class L2(ScalarElasticNet, Penalty):
-    """`lam * sum w^2`, without a factor 1/2: `weight_decay` is `2*lam`. It shrinks all weights and zeroes none.
+    """`lam * sum |w|^2`, without a factor 1/2: it equals `weight_decay=2*lam`. It shrinks all weights, none to zero.
 
     Args:
-        params, lam, select, exclude, groups, scale, center, weights: see `Penalty`; groups do not change a sum of
-            squares.
+        params, lam, select, exclude, scale, center, weights: see `Penalty`.
+        groups: see `Penalty`; groups do not change the sum of squares, but `weights` are then one per group.
+
+    Raises:
+        TypeError, ValueError: see `Penalty`.
 
     Example:
-        >>> penalty = L2(nn.Linear(2, 2), lam=0.01)
+        >>> import torch
+        >>> from torch_regpen import L2
+        >>> w = torch.tensor([[3.0, -1.0]], requires_grad=True)
+        >>> L2([w], lam=0.5)().item()
+        5.0
     """
 
     coefficients = (0.0, 1.0)
@@ -130,27 +148,43 @@ class L2(ScalarElasticNet, Penalty):
 
     @classmethod
     def from_weight_decay(cls, params: Params, weight_decay: float, *, select: Select | None = "all") -> L2:
-        """The L2 that equals torch.optim's `weight_decay`: `lam = weight_decay/2`, biases and norms included.
+        """Return the L2 with `lam = weight_decay/2`, which equals torch.optim's `weight_decay`.
 
         Args:
             params: see `Penalty`.
-            weight_decay: as it was given to the optimizer, whose own must then be 0.
-            select: see `Penalty`.
+            weight_decay: the value for torch.optim; set that of the optimizer itself to 0.
+            select: see `Penalty`; the default includes biases and norm scales, as torch.optim does.
+
+        Raises:
+            TypeError, ValueError: see `Penalty`.
+
+        Example:
+            >>> import torch
+            >>> from torch_regpen import L2
+            >>> L2.from_weight_decay(torch.nn.Linear(2, 2), weight_decay=0.5).lam
+            0.25
         """
         penalty: L2 = cls(params, weight_decay / 2, select=select)
         return penalty
 
 
 class GroupLasso(L1):
-    """`lam * sum_g sqrt(n_g) * ||w_g||`, `n_g` the size of group g: whole groups become exactly 0 (Yuan and Lin 2006).
+    """`lam * sum_g sqrt(n_g) * ||w_g||`, where group g has `n_g` elements (Yuan and Lin 2006). It zeroes whole groups.
 
     Args:
         params, lam, select, exclude, scale, center, weights, positive: see `Penalty` and `L1`.
-        groups: `"output"` (a neuron's incoming weights, a filter), `"input"`, a dimension, `"tensor"`, or one of
-            `torch_regpen.groups`.
+        groups: "output" (one group per output unit: the incoming weights of a neuron, a filter), "input" (one per input
+            unit), an int (a dimension), "tensor", or a grouping from `torch_regpen.groups`.
+
+    Raises:
+        TypeError, ValueError: see `Penalty`.
 
     Example:
-        >>> penalty = GroupLasso(nn.Linear(4, 3), lam=0.1)  # 3 groups of 4 weights
+        >>> import torch
+        >>> from torch_regpen import GroupLasso
+        >>> w = torch.ones(3, 4, requires_grad=True)  # 3 groups of 4 weights
+        >>> GroupLasso([w], lam=0.5)().item()  # 0.5 * 3 * sqrt(4) * 2
+        6.0
     """
 
     def __init__(
@@ -180,15 +214,25 @@ class GroupLasso(L1):
 
 
 class NuclearNorm(L1):
-    """`lam *` the sum of the singular values of each tensor, flattened to dim 0 by the rest: low rank (Fazel 2002).
+    """`lam * sum_i sigma_i`, over the singular values of each tensor (Fazel 2002). The prox reduces the rank.
 
-    Each use takes a singular value decomposition of each tensor, see `torch_regpen.groups.SingularValues`.
+    A tensor counts as a matrix with `w.shape[0]` rows. Each use computes the singular value decomposition of every
+    tensor; see `torch_regpen.groups.SingularValues` for its cost.
 
     Args:
-        params, lam, select, exclude, center, positive: see `Penalty` and `L1`. With `positive` it has no known prox.
+        params, lam, select, exclude, center: see `Penalty`.
+        weights: not supported.
+        positive: see `L1`; with `positive=True` there is no prox in closed form.
+
+    Raises:
+        ValueError: a tensor has fewer than 2 dimensions; `weights` is given; see also `Penalty`.
 
     Example:
-        >>> penalty = NuclearNorm(nn.Linear(4, 3), lam=0.1)
+        >>> import torch
+        >>> from torch_regpen import NuclearNorm
+        >>> w = torch.diag(torch.tensor([3.0, 2.0]))
+        >>> NuclearNorm([w], lam=0.5)().item()
+        2.5
     """
 
     def __init__(
@@ -215,16 +259,25 @@ class NuclearNorm(L1):
 
 
 class SparseGroupLasso(ElasticNet):
-    """`lam * (r * sum |w| + (1 - r) * sum_g sqrt(n_g) * ||w_g||)`: zeros within groups, and whole groups (Simon 2013).
+    """`lam * (r * sum |w| + (1 - r) * sum_g sqrt(n_g) * ||w_g||)`, where `r = l1_ratio` (Simon, Friedman et al. 2013).
+
+    It zeroes whole groups, and elements within the other groups.
 
     Args:
-        params, lam, select, exclude, scale, center, positive: see `Penalty` and `L1`. It takes no `weights`: give them
-            to `L1` or `GroupLasso`, and add the two.
-        l1_ratio: `r`, the share of L1, from 0 to 1.
+        params, lam, select, exclude, scale, center, positive: see `Penalty` and `L1`. For `weights`, add an `L1` and a
+            `GroupLasso` that have them.
+        l1_ratio: the share `r` of L1, from 0 to 1.
         groups: see `GroupLasso`.
 
+    Raises:
+        ValueError: `l1_ratio` is not between 0 and 1; see also `Penalty`.
+
     Example:
-        >>> penalty = SparseGroupLasso(nn.Linear(4, 3), lam=0.1, l1_ratio=0.3)
+        >>> import torch
+        >>> from torch_regpen import SparseGroupLasso
+        >>> w = torch.ones(3, 4, requires_grad=True)
+        >>> SparseGroupLasso([w], lam=0.5, l1_ratio=0.5)().item()  # 0.5 * (0.5 * 12 + 0.5 * 12)
+        6.0
     """
 
     coefficients = (1.0, 0.0)

@@ -1,4 +1,4 @@
-"""The units of `groups.Coupled` among the selected parameters, each set of units as one `Joint`."""
+"""The units of `groups.Coupled` whose weights are selected."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ __all__ = ["CoupledUnits"]
 
 
 class CoupledUnits:
-    """The units of a model, found anew where its layers were replaced or have changed their shape.
+    """The units of a model. They are found again if a layer was replaced or has changed its shape.
+
+    A set of units is a list of parameters that have their units in common, such as a layer, its norm and their biases.
 
     Args:
-        coupled: the model and its example inputs; `left` is filled in.
+        coupled: the model and its example inputs. The attribute `left` is written.
     """
 
     def __init__(self, coupled: Coupled) -> None:
@@ -31,7 +33,7 @@ class CoupledUnits:
         self._sets: list[UnitSet] = []
 
     def sets(self) -> list[UnitSet]:
-        """All sets of units."""
+        """All sets of units of the model."""
         model = self._coupled.model
         shapes = [parameter.shape for parameter in model.parameters()]
         if self._structure is None or not self._structure.holds() or shapes != self._shapes:
@@ -42,11 +44,14 @@ class CoupledUnits:
     def selected(
         self, selected: list[ParameterRef], every: list[ParameterRef]
     ) -> Iterator[tuple[UnitSet, list[ParameterRef]]]:
-        """The sets all of whose weights are selected, with the refs of all their parameters.
+        """Yield each set of units whose weights are all selected, with the locations of its parameters.
 
         Args:
-            selected: where the selected parameters are.
-            every: where all parameters of the model are.
+            selected: the locations of the selected parameters.
+            every: the locations of all parameters of the model.
+
+        Raises:
+            ValueError: a parameter of the units is not in the penalized module.
         """
         refs = {(ref.owner, ref.key): ref for ref in every}
         chosen = {(ref.owner, ref.key) for ref in selected}
@@ -56,7 +61,7 @@ class CoupledUnits:
             if missing:
                 raise ValueError(
                     f"the units of {units.name!r} have parameters that are not in the penalized module: {missing}. "
-                    "Give Coupled the model that the penalty is on"
+                    "Pass the same model to Coupled and to the penalty"
                 )
             weights = [place for place in places if _is_weight(refs[place], place[1])]
             if chosen.issuperset(weights):
@@ -67,16 +72,16 @@ class CoupledUnits:
 
 
 def joint_of(units: UnitSet, refs: list[ParameterRef]) -> Joint:
-    """The parameters of a set of units, as they are now.
+    """The current parameters of a set of units, as a `Joint`.
 
     Raises:
-        ValueError: one of them is sharded.
+        ValueError: a parameter is sharded.
     """
     names, parameters = [], []
     for member, ref in zip(units.members, refs, strict=True):
         parameter: Any = member.module._parameters[member.key]
         if isinstance(parameter, DTensor):
-            raise ValueError(f"parameter {ref.name!r} is sharded; Coupled groups take whole tensors")
+            raise ValueError(f"parameter {ref.name!r} is sharded; Coupled groups do not support sharded parameters")
         names.append(ref.name)
         parameters.append(parameter)
     indices = [member.index.to(p.device) for member, p in zip(units.members, parameters, strict=True)]

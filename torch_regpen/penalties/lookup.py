@@ -1,6 +1,6 @@
-"""Where parameters stand in a model: looked up at each use by owner and name, not held as tensors.
+"""The locations of parameters in a model: each parameter is looked up by module and name at each use.
 
-Moving, casting, sharding, loading with `assign=True` and parametrizing replace the tensor, and the name stays.
+Moving, casting, sharding, parametrizing and loading with `assign=True` may replace a parameter, but keep its name.
 """
 
 from __future__ import annotations
@@ -22,16 +22,19 @@ __all__ = ["ParameterRef", "Structure", "all_refs", "refuse_flattened", "spellin
 
 
 class ParameterRef:
-    """The place of one parameter: an owner and a name in it, or a tensor that the user gave as such.
+    """The location of a parameter: a module (the owner) and a name in it; or a tensor that the user passed directly.
+
+    A parametrized weight is one location with several parameters, each with a key of its own.
 
     Attributes:
-        name: its plain qualified name: without what parametrizations add to it.
-        owner: the module that it belongs to, None for a tensor given as such.
-        key: its name in the owner.
+        name: the qualified name, without the additions of parametrizations.
+        owner: the module that holds the parameter; None for a bare tensor.
+        key: the name in the owner.
         ancestors: the modules from the root down to the owner.
-        undecayed: whether a model on the way lists it among the parameters that do not decay.
-        judged: the keys of the parameters that stood here when it was chosen or not; None while it is to be judged.
-        selected: those of them that are meant; a parametrized weight has several.
+        undecayed: whether an ancestor lists it in `no_weight_decay()`.
+        judged: the keys to which the selection rules were applied; None if they were not applied yet.
+        selected: the keys that the rules selected.
+        told: whether a warning was given that the order of its heads is a guess.
     """
 
     def __init__(
@@ -49,23 +52,23 @@ class ParameterRef:
         self.owner = ancestors[-1] if ancestors else None
         self.undecayed = undecayed
         self.tensor = tensor
-        # A tensor that never had a gradient is meant as it is; a parameter without one is frozen.
+        # A bare tensor without requires_grad is penalized; a parameter without it is frozen.
         self.can_freeze = tensor is None or isinstance(tensor, nn.Parameter) or tensor.requires_grad
         self.judged: set[str] | None = None if tensor is None else {key}
-        self.told = False  # that what a unit is here is a guess
+        self.told = False
         self.selected: set[str] = set() if tensor is None else {key}
-        self.registered: dict[str, weakref.ref[Tensor]] = {}  # the parameters that last stood here, by name,
-        self.was_frozen: dict[str, bool] = {}  # and what is left of them where they are gone
-        self.centers: dict[str, Tensor] = {}  # what a penalty keeps for the parameters here, by name
+        self.registered: dict[str, weakref.ref[Tensor]] = {}  # the last registered parameters, by name
+        self.was_frozen: dict[str, bool] = {}  # whether these were frozen, in case they no longer exist
+        self.centers: dict[str, Tensor] = {}  # the center and the weights of each parameter, by name
         self.weights: dict[str, Tensor] = {}
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
-        """The parameters that stand here now and are selected, with their qualified names, frozen ones included.
+        """Yield the qualified name and the tensor of each selected parameter here, frozen ones included.
 
-        More than one where the parameter is parametrized by several; none while it is lazy.
+        A lazy parameter yields nothing, a parametrized one possibly several.
 
         Raises:
-            ValueError: the parameter is gone from its module, or flattened into another.
+            ValueError: the parameter is gone from its module, or was flattened by FSDP1 or ZeRO-3.
         """
         for key, name, tensor in self.tensors():
             if isinstance(tensor, UninitializedParameter):
@@ -75,10 +78,10 @@ class ParameterRef:
                 yield name, tensor
 
     def location(self) -> tuple[dict[str, Any], str] | None:
-        """The dict and the key by which the parameter is found, for as long as the same parameter is there.
+        """The dict and the key that hold the parameter, to check cheaply whether it is still the same.
 
-        None where more has to be looked at: where it has weights or a center, and while it is lazy, parametrized, or
-        replaced for a functional call.
+        None if that check is not enough: if there are weights or a center, or while the parameter is lazy, parametrized
+        or replaced by `functional_call`.
         """
         if self.weights or self.centers:
             return None
@@ -90,13 +93,13 @@ class ParameterRef:
         return (parameters, self.key) if simple and self.judged is not None else None
 
     def is_gone(self) -> bool:
-        """Whether the parameter was taken from its owner."""
+        """Whether the parameter was removed from its owner."""
         if self.owner is None or self.owner._parameters.get(self.key) is not None:
             return False
         return not parametrize.is_parametrized(self.owner, self.key)
 
     def frozen(self, name: str, tensor: Tensor) -> bool:
-        """Whether the registered parameter is frozen, even where functorch has put another tensor in its place."""
+        """Whether the registered parameter is frozen, even while torch.func replaces it by another tensor."""
         if self.owner is None:
             return self.can_freeze and not tensor.requires_grad
         if isinstance(tensor, nn.Parameter):
@@ -108,7 +111,7 @@ class ParameterRef:
         return self.was_frozen.get(name, False) if parameter is None else not parameter.requires_grad
 
     def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
-        """All that stands here now, lazy parameters included: the key, the qualified name, the tensor."""
+        """Yield the key, the qualified name and the tensor of every parameter here, lazy ones included."""
         if self.tensor is not None:
             yield self.key, self.name, self.tensor
             return
@@ -119,7 +122,7 @@ class ParameterRef:
         if self.is_gone():
             raise ValueError(
                 f"parameter {self.name!r} is gone from its {type(self.owner).__name__}. If FSDP1 or another wrapper "
-                "flattened it, a penalty on it would be silently wrong: shard with fully_shard (FSDP2) instead; if it "
+                "flattened it, a penalty on it would be silently wrong: shard with fully_shard (FSDP2) instead. If it "
                 "was replaced on purpose, build the penalty anew"
             )
         originals = self.owner.parametrizations[self.key]  # type: ignore[union-attr,index]
@@ -129,7 +132,7 @@ class ParameterRef:
                 yield key, f"{prefix}parametrizations.{self.key}.{key}", original
 
     def under_weight_norm(self) -> bool:
-        """Whether weight_norm takes a weight apart here, into directions and their lengths."""
+        """Whether weight_norm splits the weight here into directions and lengths."""
         owner: Any = self.owner
         if self.key.endswith(("_v", "_g")):  # torch.nn.utils.weight_norm
             return owner is not None and {self.key[:-1] + "v", self.key[:-1] + "g"} <= set(owner._parameters)
@@ -137,7 +140,7 @@ class ParameterRef:
         return bool(parametrized and isinstance(owner.parametrizations[self.key][0], _WeightNorm))
 
     def length_of(self, name: str) -> Tensor | None:
-        """The lengths beside the directions `name`, where weight_norm takes a weight apart; else None."""
+        """Under weight_norm, the lengths that belong to the directions `name`; else None."""
         owner: Any = self.owner
         if owner is None or not name.endswith(("_v", ".original1")) or not self.under_weight_norm():
             return None
@@ -146,7 +149,7 @@ class ParameterRef:
         return length
 
     def __getstate__(self) -> dict[str, Any]:
-        # Weak references cannot be copied; what they refer to can.
+        # Weak references cannot be copied, but the parameters can.
         alive = {name: parameter for name, last in self.registered.items() if (parameter := last()) is not None}
         was_frozen = {**self.was_frozen, **{name: not parameter.requires_grad for name, parameter in alive.items()}}
         return {**self.__dict__, "registered": alive, "was_frozen": was_frozen}
@@ -157,7 +160,7 @@ class ParameterRef:
 
 
 class Structure:
-    """Which modules a model has, to see cheaply whether a layer was added, replaced or taken away.
+    """A record of the modules of a model, to check cheaply whether a layer was added, replaced or removed.
 
     Args:
         root: the model.
@@ -173,13 +176,13 @@ class Structure:
         self._children = [child for _, _, child in edges]
 
     def holds(self) -> bool:
-        """Whether the same modules are in the same places, each with as many parameters as before."""
+        """Whether all modules are the same as before, each with the same number of parameters."""
         now = map(dict.get, self._parents, self._keys)
         return list(map(len, self._dicts)) == self._lengths and all(map(is_, now, self._children))
 
 
 def all_refs(root: nn.Module) -> Iterator[ParameterRef]:
-    """A ref for each parameter of a model, those of shared modules once; of the parametrized ones, one together."""
+    """Yield a location for each parameter of a model. Shared modules are visited once."""
     yield from _refs_below((root,), "", [], set())
 
 
@@ -197,19 +200,19 @@ def _refs_below(
         listed = any(pattern.match(name) for pattern in undecayed)
         yield ParameterRef(name, key, ancestors, undecayed=listed)
     for key, child in owner._modules.items():
-        # The parameters of a parametrization are reached from the module that it parametrizes.
+        # Parametrized parameters belong to the location in the module that is parametrized.
         if child is None or child in seen or (key == "parametrizations" and parametrize.is_parametrized(owner)):
             continue
         yield from _refs_below((*ancestors, child), f"{prefix}{key}.", undecayed, seen)
 
 
 def tensor_ref(name: str, tensor: Tensor) -> ParameterRef:
-    """The ref of a tensor that was given as such."""
+    """The location of a bare tensor."""
     return ParameterRef(name, name.rpartition(".")[2], tensor=tensor)
 
 
 def spellings(name: str) -> list[str]:
-    """The names by which a parameter can be called: as it is, and without the prefixes that wrappers add."""
+    """The names of a parameter: as given and, if different, without the prefixes of DDP and torch.compile."""
     plain = re.sub(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module)\.", r"\1", name)
     while plain.startswith("module."):
         plain = plain.removeprefix("module.")
@@ -217,7 +220,7 @@ def spellings(name: str) -> list[str]:
 
 
 def refuse_flattened(name: str, tensor: Tensor) -> None:
-    """Raise `ValueError` for a parameter whose shape another wrapper has taken away."""
+    """Raise `ValueError` for a parameter that a wrapper has flattened."""
     if getattr(tensor, "_fsdp_flattened", False):
         wrapper = "FSDP1"
     elif hasattr(tensor, "ds_id"):
@@ -225,13 +228,13 @@ def refuse_flattened(name: str, tensor: Tensor) -> None:
     else:
         return
     raise ValueError(
-        f"parameter {name!r} is flattened by {wrapper}: its elements are scattered over ranks without their shape, and "
+        f"parameter {name!r} was flattened by {wrapper}: its shape is lost, its elements are scattered over ranks, and "
         "a penalty on it would be silently wrong. Shard with torch.distributed.fsdp.fully_shard (FSDP2) instead"
     )
 
 
 def _own_list(module: nn.Module, prefix: str) -> list[re.Pattern[str]]:
-    """The parameters that a model says should not decay, as timm's models do: names or globs, and parts of names."""
+    """Patterns from `no_weight_decay()` (names or globs) and `no_weight_decay_keywords()` (parts of names)."""
     patterns: list[str] = []
     for method, form in (("no_weight_decay", "{}"), ("no_weight_decay_keywords", "*{}*")):
         listed = getattr(module, method, None)

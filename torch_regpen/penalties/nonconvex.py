@@ -1,4 +1,4 @@
-"""The non-convex kinds, which shrink large weights little or not at all: MCP, SCAD, log-sum, L1/2 and L0."""
+"""Non-convex penalties, which shrink large weights little or not at all: MCP, SCAD, log-sum, L1/2 and L0."""
 
 from __future__ import annotations
 
@@ -12,17 +12,26 @@ __all__ = ["L0", "MCP", "SCAD", "LHalf", "LogSum"]
 
 
 class MCP(ScalarMCP, Penalty):
-    """`lam * sum rho(|w|)`, `rho(u) = u - u^2/(2*knee)` up to the knee, then `knee/2` (Zhang 2010).
+    """`lam * sum rho(|w|)`, where `rho(u) = u - u^2/(2*knee)` up to `u = knee`, then `knee/2` (Zhang 2010).
 
-    It is L1 near zero and flat from the knee on, so that large weights carry no bias. In the usual notation
+    It is close to L1 near zero and constant above the knee, so large weights are not biased. In the usual notation
     MCP(lambda, gamma), `knee = gamma*lambda`.
 
     Args:
-        params, lam, select, exclude, groups, scale, center, weights: see `Penalty`; `lam` is the slope at zero.
-        knee: in units of the weights, more than 0. Where a step times lambda exceeds it, the prox is a hard threshold.
+        params, select, exclude, groups, scale, center, weights: see `Penalty`.
+        lam: lambda, the slope of the penalty at zero.
+        knee: the magnitude above which the penalty is constant, in units of the weights; more than 0. If the step size
+            times `lam` is at least `knee`, the prox is a hard threshold.
+
+    Raises:
+        ValueError: `knee` is not positive and finite; see also `Penalty`.
 
     Example:
-        >>> penalty = MCP(nn.Linear(2, 2), lam=0.1, knee=0.2)
+        >>> import torch
+        >>> from torch_regpen import MCP
+        >>> w = torch.tensor([[0.25, -4.0]], requires_grad=True)
+        >>> MCP([w], lam=0.5, knee=2.0)().item()
+        0.6171875
     """
 
     def __init__(self, params: Params, lam: float, *, knee: float = 0.1, **kw: Any) -> None:
@@ -31,17 +40,25 @@ class MCP(ScalarMCP, Penalty):
 
 
 class SCAD(ScalarSCAD, Penalty):
-    """`lam * sum rho(|w|)`, `rho` L1 up to `knee/a`, its slope falling to 0 at the knee (Fan and Li 2001).
+    """`lam * sum rho(|w|)`; the slope of `rho` is 1 up to `knee/a`, then linear down to 0 at `knee` (Fan and Li 2001).
 
-    In the usual notation SCAD(lambda, a), `knee = a*lambda`.
+    It is L1 near zero and constant above the knee. In the usual notation SCAD(lambda, a), `knee = a*lambda`.
 
     Args:
-        params, lam, select, exclude, groups, scale, center, weights: see `Penalty`; `lam` is the slope at zero.
-        knee: in units of the weights, more than 0: from there on `rho` is flat.
-        a: more than 1; the slope begins to fall at `knee/a`.
+        params, select, exclude, groups, scale, center, weights: see `Penalty`.
+        lam: lambda, the slope of the penalty at zero.
+        knee: the magnitude above which the penalty is constant, in units of the weights; more than 0.
+        a: the slope begins to fall at `knee/a`; more than 1.
+
+    Raises:
+        ValueError: `knee` or `a` is out of range; see also `Penalty`.
 
     Example:
-        >>> penalty = SCAD(nn.Linear(2, 2), lam=0.1, knee=0.2)
+        >>> import torch
+        >>> from torch_regpen import SCAD
+        >>> w = torch.tensor([[0.25, -4.0]], requires_grad=True)
+        >>> SCAD([w], lam=0.5, knee=2.0, a=4.0)().item()
+        0.75
     """
 
     def __init__(self, params: Params, lam: float, *, knee: float = 0.1, a: float = 3.7, **kw: Any) -> None:
@@ -55,11 +72,19 @@ class LogSum(ScalarLogSum, Penalty):
     In the usual notation `alpha*log(1 + |w|/eps)`, `lam = alpha/eps`.
 
     Args:
-        params, lam, select, exclude, groups, scale, center, weights: see `Penalty`; `lam` is the slope at zero.
-        eps: in units of the weights, more than 0: the size at which the slope has fallen to a half.
+        params, select, exclude, groups, scale, center, weights: see `Penalty`.
+        lam: lambda, the slope of the penalty at zero.
+        eps: the magnitude at which the slope has fallen to 1/2, in units of the weights; more than 0.
+
+    Raises:
+        ValueError: `eps` is not positive and finite; see also `Penalty`.
 
     Example:
-        >>> penalty = LogSum(nn.Linear(2, 2), lam=0.1, eps=0.05)
+        >>> import torch
+        >>> from torch_regpen import LogSum
+        >>> w = torch.tensor([[0.25, -4.0]], requires_grad=True)
+        >>> round(LogSum([w], lam=0.5, eps=1.0)().item(), 4)
+        0.9163
     """
 
     def __init__(self, params: Params, lam: float, *, eps: float = 0.05, **kw: Any) -> None:
@@ -70,26 +95,42 @@ class LogSum(ScalarLogSum, Penalty):
 class LHalf(ScalarLHalf, Penalty):
     """`lam * sum |w|^0.5` (Xu, Chang, Xu and Zhang 2012).
 
-    The gradient is infinite at 0 and is taken as 0 there. A weight leaves zero only by a jump of the prox.
+    The gradient would be infinite at 0 and is defined as 0 there. In the proximal modes, a weight leaves zero only by a
+    jump of the prox.
 
     Args:
         params, lam, select, exclude, groups, scale, center, weights: see `Penalty`.
 
+    Raises:
+        TypeError, ValueError: see `Penalty`.
+
     Example:
-        >>> penalty = LHalf(nn.Linear(2, 2), lam=0.1)
+        >>> import torch
+        >>> from torch_regpen import LHalf
+        >>> w = torch.tensor([[0.25, -4.0]], requires_grad=True)
+        >>> LHalf([w], lam=0.5)().item()
+        1.25
     """
 
 
 class L0(ScalarL0, Penalty):
-    """`lam *` the number of weights that are not zero, or of elements in groups that are not (Blumensath, Davies 2008).
+    """`lam *` the number of nonzero weights, or of elements in nonzero groups (Blumensath and Davies 2008).
 
-    It has no gradient to descend. In the proximal and the dual mode it is a hard threshold at `sqrt(2*t)`.
+    It has no useful gradient: use it in mode "proximal" or "dual", where the prox is a hard threshold at `sqrt(2*t)`
+    with `t` the step size times `lam`.
 
     Args:
         params, lam, select, exclude, groups, scale, center, weights: see `Penalty`.
 
+    Raises:
+        TypeError, ValueError: see `Penalty`.
+
     Example:
-        >>> penalty = L0(nn.Linear(2, 2), lam=0.1)
+        >>> import torch
+        >>> from torch_regpen import L0
+        >>> w = torch.tensor([[0.25, -4.0]], requires_grad=True)
+        >>> L0([w], lam=0.5)().item()
+        1.0
     """
 
     def has_grad(self) -> bool:

@@ -1,4 +1,4 @@
-"""Orthogonal."""
+"""A penalty that makes the rows of a weight orthogonal."""
 
 from __future__ import annotations
 
@@ -14,34 +14,42 @@ from .rules import Params
 
 
 class Orthogonal(Penalty):
-    """`lam * sum ||W W^T - I||_F^2` over the flattened rows of each tensor; `W^T W` where rows outnumber columns.
+    """`lam * sum ||W W^T - I||_F^2`, over tensors as matrices with `w.shape[0]` rows (Bansal et al. 2018).
 
-    `measure="cosine"` is `lam *` the mean absolute cosine between two rows, Keras's OrthogonalRegularizer. It has no
-    proximal map and is no sum over elements or groups: in the loss and in the coupled mode only.
+    For more rows than columns it is `lam * sum ||W^T W - I||_F^2`. With `measure="cosine"` it is `lam` times the
+    mean absolute cosine between two different rows, as Keras's OrthogonalRegularizer. It has no proximal map, so use it
+    in the loss or in mode "coupled".
 
     Args:
         params, lam, select: see `Penalty`.
-        measure: `"gram"` or `"cosine"`.
+        measure: "gram" or "cosine".
 
     Raises:
-        ValueError: an unknown measure; a tensor with fewer than 2 dimensions; and as `Penalty`.
+        TypeError: another argument is given; see also `Penalty`.
+        ValueError: `measure` is unknown; a tensor has fewer than 2 dimensions; see also `Penalty`.
+
+    Example:
+        >>> import torch
+        >>> from torch_regpen import Orthogonal
+        >>> Orthogonal([2 * torch.eye(3)], lam=0.5)().item()  # 0.5 * 3 * (4 - 1)^2
+        13.5
     """
 
     separable = False
 
     def __init__(self, params: Params, lam: float, measure: str = "gram", **kw: Any) -> None:
         if measure not in ("gram", "cosine"):
-            raise ValueError(f"measure must be 'gram' or 'cosine', not {measure!r}")
+            raise ValueError(f"measure must be 'gram' or 'cosine', but got {measure!r}")
         if kw.keys() - {"select"}:
-            raise TypeError(f"Orthogonal takes params, lam, select and measure, not {sorted(kw.keys() - {'select'})}")
+            raise TypeError(f"Orthogonal accepts params, lam, select and measure, not {sorted(kw.keys() - {'select'})}")
         self.measure = measure
         super().__init__(params, lam, **kw)
 
     def _grouping(self, ref: ParameterRef, name: str, tensor: Tensor) -> Grouping:
         if tensor.ndim < 2:
             raise ValueError(
-                f"parameter {name!r} of shape {tuple(tensor.shape)} has no rows that could be orthogonal; leave it out "
-                "with `select`"
+                f"parameter {name!r} of shape {tuple(tensor.shape)} has no rows to make orthogonal; exclude it with "
+                "`select`"
             )
         return super()._grouping(ref, name, tensor)
 
@@ -72,19 +80,19 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _gram(w: Tensor) -> Tensor:
-    """`W W^T - I`, or `W^T W - I`: the smaller."""
+    """`W W^T - I` or `W^T W - I`, whichever is smaller."""
     gram = w @ w.mH if w.shape[0] <= w.shape[1] else w.mH @ w
     return gram - torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
 
 
 def _units(w: Tensor) -> tuple[Tensor, Tensor]:
     norm = torch.linalg.vector_norm(w, dim=1, keepdim=True)
-    norm = norm.masked_fill(norm == 0, torch.inf)  # a zero row has no angle
+    norm = norm.masked_fill(norm == 0, torch.inf)  # the cosines of a zero row are 0
     return w / norm, norm
 
 
 def _cosines(w: Tensor) -> Tensor:
-    """The cosines between rows, each pair once above and once below a zero diagonal, halved."""
+    """Half the cosines between rows, with a zero diagonal: each pair occurs twice, so its entries sum to its cosine."""
     unit, _ = _units(w)
     cosines = unit @ unit.mH
     return 0.5 * (cosines - torch.diag(cosines.diagonal()))

@@ -1,4 +1,4 @@
-"""Parameter groups, each with its lambda."""
+"""The parameter groups of a penalty, each with its own lambda."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ GROUP_KEYS = {"params", "lam", "select", "exclude"}
 
 
 class ParamGroup(dict[str, Any]):
-    """A parameter group: a dict that checks the lambda that is put into it."""
+    """A parameter group: a dict that checks each value set for "lam".
+
+    Args:
+        group: the keys of the group.
+        lam: lambda, replaces that of `group`.
+
+    Raises:
+        TypeError, ValueError: see `checked_lam`.
+    """
 
     def __init__(self, group: dict[str, Any], lam: float) -> None:
         super().__init__(group)
@@ -26,7 +34,7 @@ class ParamGroup(dict[str, Any]):
         super().__setitem__(key, checked_lam(value) if key == "lam" else value)
 
     def update(self, *args: Any, **kw: Any) -> None:
-        """As of any dict."""
+        """As `dict.update`, with the same check."""
         for key, value in dict(*args, **kw).items():
             self[key] = value
 
@@ -36,42 +44,47 @@ class ParamGroup(dict[str, Any]):
 
 
 def checked_lam(lam: Any) -> float:
-    """`lam` as a float, if it is a number, 0 or more and finite."""
+    """Return `lam` as a float.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is negative, or not finite in float32.
+    """
     if isinstance(lam, bool) or not isinstance(lam, numbers.Real):
-        way_out = "; take its .item()" if isinstance(lam, Tensor) else ""
-        raise TypeError(f"lam must be a number, 0 or more and finite; {lam!r} is a {type(lam).__name__}{way_out}")
+        hint = "; pass its .item()" if isinstance(lam, Tensor) else ""
+        raise TypeError(f"lam must be a number, 0 or more and finite; {lam!r} is a {type(lam).__name__}{hint}")
     value = float(lam)
     if not 0 <= value <= LARGEST:
-        raise ValueError(f"lam must be 0 or more and finite in float32, not {value}")
+        raise ValueError(f"lam must be 0 or more and finite in float32, but got {value}")
     return value
 
 
 def as_param_groups(params: Any) -> list[dict[str, Any]]:
-    """The dicts of parameters that a user's `params` means; one where it has no dicts.
+    """Return the argument `params` of a penalty as a list of dicts with the key "params".
 
     Raises:
-        TypeError: it is none of the allowed forms.
-        ValueError: a dict without "params", or with an unknown key.
+        TypeError: `params` has none of the allowed forms.
+        ValueError: a dict lacks "params" or has an unknown key.
     """
     if isinstance(params, nn.Module | Tensor):
         return [{"params": params}]
     if isinstance(params, str | dict) or not isinstance(params, Iterable):
         raise TypeError(
             "params must be a module, or an iterable of tensors, of (name, tensor), or of dicts with a 'params'; "
-            f"given is a {type(params).__name__}"
+            f"got a {type(params).__name__}"
         )
     entries = list(params)
     if entries and all(isinstance(entry, nn.Module) for entry in entries):
         raise TypeError(
-            f"params is a {type(params).__name__} of {len(entries)} modules; give nn.ModuleList(modules), or one "
-            "{'params': module} for each"
+            f"params is a {type(params).__name__} of {len(entries)} modules; pass nn.ModuleList(modules), or a list "
+            "with {'params': module} for each"
         )
     if not any(isinstance(entry, dict) for entry in entries):
         return [{"params": entries}]
     for entry in entries:
         if not isinstance(entry, dict) or "params" not in entry or not entry.keys() <= GROUP_KEYS:
             raise ValueError(
-                "a parameter group must be a dict with a 'params' and, if wanted, 'lam' and 'select'; got "
+                "a parameter group must be a dict with 'params' and, optionally, 'lam', 'select' and 'exclude'; got "
                 + (f"a dict with {sorted(map(str, entry))}" if isinstance(entry, dict) else f"a {type(entry).__name__}")
             )
         if isinstance(entry["params"], Iterator):

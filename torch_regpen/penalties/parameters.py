@@ -1,4 +1,4 @@
-"""The parameters that a penalty holds, each with its groups, its center and its lambda, as terms."""
+"""The penalized parameters of a model, and the term (groups, center, lambda) of each."""
 
 from __future__ import annotations
 
@@ -30,10 +30,12 @@ Self = TypeVar("Self", bound="PenalizedParameters")
 
 
 class PenalizedParameters(nn.Module):
-    """Which parameters are penalized, over which groups, with which lambda; the base of `Penalty`, which see.
+    """Base class of `Penalty`: which parameters are penalized, over which groups and with which lambda.
+
+    For the arguments see `Penalty`.
 
     Attributes:
-        param_groups: a list with a dict for each group of parameters; set its `"lam"` at any time.
+        param_groups: a list with one dict per parameter group; its "lam" can be set at any time.
     """
 
     def __init__(
@@ -61,10 +63,10 @@ class PenalizedParameters(nn.Module):
             self._selections.append(Selection(group["params"], *chosen, default=meant))
         self._units = None if not isinstance(groups, Coupled) else CoupledUnits(groups)
         if self._units is not None and (center is not None or weights is not None):
-            raise ValueError("groups that span tensors take no center and no weights")
+            raise ValueError("groups=Coupled(...) does not support center or weights")
         self._centered = False
         self._cache = TermCache()
-        self.terms(frozen=True)  # raises where a parameter cannot be penalized like this
+        self.terms(frozen=True)  # raises if a parameter cannot be divided into its groups
         if isinstance(groups, Coupled):
             _warn_about_part_of_a_unit(groups)
         if center is not None:
@@ -76,7 +78,7 @@ class PenalizedParameters(nn.Module):
 
     @property
     def lam(self) -> float:
-        """Lambda of the first parameter group. Setting it sets the lambda of all groups."""
+        """Lambda of the first parameter group. Setting it sets the lambda of all parameter groups."""
         return float(self.param_groups[0]["lam"])
 
     @lam.setter
@@ -85,13 +87,13 @@ class PenalizedParameters(nn.Module):
             group["lam"] = lam
 
     def terms(self, *, frozen: bool = False) -> list[Term]:
-        """The terms of all parameters as they are now, those of shared parameters once.
+        """The terms of the current parameters. A shared parameter occurs once.
 
         Args:
             frozen: include the terms of frozen parameters.
 
         Raises:
-            ValueError: a parameter is in two groups, does not divide into its groups, or is gone.
+            ValueError: a parameter is in two parameter groups, cannot be divided into its groups, or is gone.
         """
         for selection in self._selections:
             selection.refresh()
@@ -109,7 +111,7 @@ class PenalizedParameters(nn.Module):
         """The terms, in as few batches as possible.
 
         Args:
-            frozen: take the frozen parameters where all are frozen, as those of an averaged model.
+            frozen: if all parameters are frozen, as in an averaged model, return their batches.
         """
         terms = self.terms()
         if not terms and frozen:
@@ -120,16 +122,23 @@ class PenalizedParameters(nn.Module):
         return self._cache.batches
 
     def factors(self, grouping: Grouping) -> list[tuple[Grouping, float]]:
-        """The groupings on which `rho` acts, with their shares of lambda: one, except for mixtures."""
+        """The groupings on which `rho` acts, each with its share of lambda; SparseGroupLasso has two."""
         return [(grouping, 1.0)]
 
     def named_parameters_penalized(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields `(name, parameter)` of each parameter that is penalized now: shared ones once, frozen ones not."""
+        """Yield `(name, parameter)` for each penalized parameter: shared ones once, frozen ones not at all.
+
+        Example:
+            >>> import torch, torch_regpen
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.LayerNorm(2))
+            >>> [name for name, _ in torch_regpen.L1(model, lam=0.1).named_parameters_penalized()]
+            ['0.weight']
+        """
         for terms in by_tensor(self.terms()):
             yield from terms[0].named_parameters
 
     def restricted_to(self: Self, optimizer: torch.optim.Optimizer) -> Self:
-        """The same penalty, lambda shared, on those of its parameters that `optimizer` owns.
+        """The same penalty, with shared lambdas, on the parameters that `optimizer` owns.
 
         Raises:
             ValueError: it owns none of them.
@@ -141,7 +150,7 @@ class PenalizedParameters(nn.Module):
         return restricted
 
     def extra_repr(self) -> str:
-        """The text between the brackets of the repr."""
+        """The text inside the parentheses of the repr."""
         names = [name for name, _ in self.named_parameters_penalized()]
         lams = ", ".join(f"{group['lam']:g}" for group in self.param_groups)
         shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
@@ -149,15 +158,15 @@ class PenalizedParameters(nn.Module):
         return f"lam={lams}, {groups}{len(names)} parameters: {shown}"
 
     def get_extra_state(self) -> Tensor:
-        """The lambdas of the groups, in float64; with a center, also a checksum of it."""
+        """The lambda of each parameter group in float64, followed by a checksum of the center if there is one."""
         lams = torch.tensor([group["lam"] for group in self.param_groups], dtype=torch.float64)
         return torch.cat([lams, center_sums(self._refs())]) if self._centered else lams
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take the lambdas from a state dict.
+        """Restore the lambdas from a state dict.
 
         Raises:
-            ValueError: it has lambdas for another number of groups; it was saved with another center.
+            ValueError: the state has another number of parameter groups, or was saved with another center.
         """
         groups = len(self.param_groups)
         if self._centered and len(state) == groups + 2:
@@ -165,17 +174,17 @@ class PenalizedParameters(nn.Module):
             if not torch.allclose(saved, now, rtol=0, atol=1e-6 * max(float(now[1]), 1e-30)):
                 raise ValueError(
                     "the penalty was saved with another center than it has now: center='initial' means the weights at "
-                    "its construction, not those that are loaded later. Give center= the state dict that it began from"
+                    "construction, not those loaded later. Pass as center= the state dict that training started from"
                 )
             state = state[:groups]
         lams = state.tolist()
         if len(lams) != groups:
-            raise ValueError(f"the state has lambdas for {len(lams)} groups, the penalty has {groups}")
+            raise ValueError(f"the state dict has lambdas for {len(lams)} groups, the penalty has {groups}")
         for group, lam in zip(self.param_groups, lams, strict=True):
             group["lam"] = lam
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A checkpoint from before the penalty was part of the model has no lambda, and loads all the same.
+        # A checkpoint saved before the penalty was part of the model has no lambda; it loads in strict mode too.
         if f"{prefix}_extra_state" in state_dict:
             super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -194,14 +203,14 @@ class PenalizedParameters(nn.Module):
         return [*attributes, *self.param_groups, *map(attrgetter("refs"), self._selections)]
 
     def _locations(self) -> list[tuple[dict[str, Any], str]] | None:
-        """Where the parameters are found; None where the terms depend on more than that, and cannot be cached."""
+        """The dict and key that hold each parameter; None if the terms depend on more and cannot be cached."""
         if type(self).factors is not PenalizedParameters.factors or unsharded_to_sharded():
             return None
         locations = [ref.location() for ref in self._refs()]
         return None if None in locations else locations  # type: ignore[return-value]
 
     def _shallow_copy(self: Self) -> Self:
-        """A copy that shares all but the cache. Cached terms hold it: the penalty itself would be a reference cycle."""
+        """A copy that shares everything but the cache. Cached terms refer to it, to avoid a reference cycle."""
         shallow = copy.copy(self)
         shallow._cache = TermCache()
         return shallow
@@ -209,7 +218,7 @@ class PenalizedParameters(nn.Module):
     def _find_terms(self, penalty: Any, frozen: bool) -> list[Term]:
         if self._units is not None:
             return self._joint_terms(penalty, self._units, frozen)
-        seen: dict[int, int] = {}  # the id of each parameter, and the index of its group
+        seen: dict[int, int] = {}  # from the id of a parameter to the index of its parameter group
         found = []
         sharded = unsharded_to_sharded()
         for index, (group, selection) in enumerate(zip(self.param_groups, self._selections, strict=True)):
@@ -219,8 +228,7 @@ class PenalizedParameters(nn.Module):
                     if id(tensor) in seen:
                         if seen[id(tensor)] != index:
                             raise ValueError(
-                                f"parameter {name!r} is in groups {seen[id(tensor)]} and {index}; it can have one "
-                                "lambda"
+                                f"parameter {name!r} is in groups {seen[id(tensor)]} and {index}; put it in one only"
                             )
                         continue
                     if ref.frozen(name, tensor) and not frozen:
@@ -230,7 +238,7 @@ class PenalizedParameters(nn.Module):
         return found
 
     def _joint_terms(self, penalty: Any, units: CoupledUnits, frozen: bool) -> list[Term]:
-        """The terms of the units of a model, each set of units on one matrix."""
+        """The terms of groups that span tensors: one matrix, with a row for each unit, per set of units."""
         grouping = Slices(0, scale=self.scale and self.groups.scale)  # type: ignore[union-attr]
         found = []
         for group, selection in zip(self.param_groups, self._selections, strict=True):
@@ -245,7 +253,7 @@ class PenalizedParameters(nn.Module):
                     found.append(Term(unit_set.name, joint.placeholder, penalty, part, group, factor, joint=joint))
         if not found and frozen and not any(selection.optimizer for selection in self._selections):
             raise ValueError(
-                f"no unit of {type(self.groups.model).__name__} can leave, and nothing is penalized: {self.groups.left}"  # type: ignore[union-attr]
+                f"no unit of {type(self.groups.model).__name__} can be penalized: {self.groups.left}"  # type: ignore[union-attr]
             )
         return found
 
@@ -257,11 +265,11 @@ class PenalizedParameters(nn.Module):
         center = stored_for(ref, ref.centers, name, tensor)
         if self._centered and (center is None or center.shape != tensor.shape):
             raise ValueError(
-                f"parameter {name!r} was not there when the penalty took its center; build the penalty anew"
+                f"parameter {name!r} was added after the penalty copied its center; build the penalty anew"
             )
         if weights is not None and weights.shape != grouping.magnitudes_shape(tensor.shape):
             raise ValueError(
-                f"parameter {name!r} has changed its shape to {tuple(tensor.shape)} since the penalty took its "
+                f"parameter {name!r} has changed its shape to {tuple(tensor.shape)} since the penalty copied its "
                 "weights; build the penalty anew"
             )
         length = ref.length_of(name)
@@ -292,4 +300,4 @@ class PenalizedParameters(nn.Module):
 def _warn_about_part_of_a_unit(coupled: Coupled) -> None:
     partly = [f"{name}: {reason}" for name, reason in coupled.left.items() if reason.endswith("select leaves out")]
     if partly:
-        warn(f"these units are not penalized, because only a part of their weights is selected: {'; '.join(partly)}")
+        warn(f"these units are not penalized, because select chooses only some of their weights: {'; '.join(partly)}")

@@ -1,4 +1,4 @@
-"""The rule by which parameters are selected."""
+"""The rules that `select` and `exclude` describe."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ALLOWED = (
 )
 
 
-NORM = re.compile(r"norm(?!al(?!iz))", re.IGNORECASE)  # of a class: RMSNorm, LayerNorm2d, not NormalHead
+NORM = re.compile(r"norm(?!al(?!iz))", re.IGNORECASE)  # in class names: RMSNorm, LayerNorm2d, not NormalHead
 
 
 BIAS = re.compile(r"(^|_)bias(es)?(_|\d|$)")
@@ -47,20 +47,20 @@ POSITION = re.compile(r"(^|_)(pos|position|positional)(_?(emb|embed|embedding|en
 
 
 def is_weight(ref: ParameterRef, key: str, tensor: Tensor) -> bool:
-    """Whether a careful engineer's list of decayed parameters holds it: no bias, norm scale, token or layer scale.
+    """Whether a parameter is a weight that is usually decayed: not a bias, norm or layer scale, or raw embedding.
 
     Args:
-        ref: where the parameter stands.
-        key: its own name: in its module, or in the parametrization of one.
+        ref: the location of the parameter.
+        key: its name in its module, or in the parametrization of its module.
         tensor: the parameter.
     """
     if ref.undecayed or getattr(tensor, "_no_weight_decay", False) or BIAS.search(ref.key):
         return False
     owner = ref.owner
     if isinstance(owner, nn.Embedding) and len(ref.ancestors) > 1 and _says_norm(ref.ancestors[-2], ""):
-        return False  # the scales of a norm, one for each class
+        return False  # the scales of a conditional norm, one row per class
     if isinstance(owner, MULTIPLYING + transformers_conv1d()) and "weight" in ref.key:
-        if ref.under_weight_norm():  # the directions are the weight, the lengths their scales
+        if ref.under_weight_norm():  # weight_norm: penalize the directions, not the lengths
             return key == "original1" or ref.key.endswith("_v")
         return key in (ref.key, "original") or _is_matrix(tensor)
     if owner is not None and _says_norm(owner, ref.name.removesuffix(ref.key).strip(".").rpartition(".")[2]):
@@ -69,24 +69,27 @@ def is_weight(ref: ParameterRef, key: str, tensor: Tensor) -> bool:
 
 
 def _says_norm(module: nn.Module, name: str) -> bool:
-    """Whether a module is a normalization layer: by its type, or as the name of its class, or its own, says."""
+    """Whether a module is a normalization layer, by its type, the name of its class, or its own name."""
     return isinstance(module, NORMALIZATIONS) or bool(NORM.search(type(module).__name__) or NORM.search(name))
 
 
 def _is_matrix(tensor: Tensor) -> bool:
-    """Whether it has 2 dimensions or more of size above 1."""
+    """Whether at least 2 dimensions have a size above 1."""
     return sum(size > 1 for size in tensor.shape) > 1
 
 
 class Rule:
-    """What a `select` or an `exclude` means: entries of one form are alternatives, different forms must all hold.
+    """The condition that `select` or `exclude` describes.
+
+    The forms are "weights", "all" or "attention"; a glob on parameter names; a module type; and a callable. Entries of
+    the same form are alternatives; entries of different forms must all match.
 
     Args:
-        given: a form, or a list or tuple of them.
-        argument: what the user calls it.
+        given: an entry, or a list or tuple of entries.
+        argument: the name of the argument, for error messages.
 
     Raises:
-        TypeError: it is none of the forms.
+        TypeError: an entry has none of these forms.
     """
 
     def __init__(self, given: Select, argument: str) -> None:
@@ -113,10 +116,10 @@ class Rule:
         self.conditions = [(e, holds) for e, holds in forms if e]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rule:
-        return self  # it never changes
+        return self  # immutable
 
     def __reduce__(self) -> Any:
-        # A lambda cannot be pickled, and is needed only where layers are added later.
+        # Functions that cannot be pickled (lambdas) are needed only if layers are added later.
         entries = [entry if not callable(entry) or _can_be_pickled(entry) else _lost for entry in _flat(self.given)]
         return Rule, (entries, "select")
 
@@ -126,12 +129,19 @@ class Rule:
             return True
         if not is_weight(ref, key, tensor):
             return False
-        # Whoever gives a single linear layer means that layer.
+        # For "attention": a penalty on a single linear layer means that layer.
         single = len(ref.ancestors) == 1 and isinstance(ref.owner, (nn.Linear, *transformers_conv1d()))
         return word == "weights" or single or is_attention_projection(ref)
 
     def matches(self, ref: ParameterRef, key: str, name: str, tensor: Tensor) -> bool:
-        """Whether a parameter is meant."""
+        """Whether the rule matches a parameter.
+
+        Args:
+            ref: the location of the parameter.
+            key: its name in its module, or in the parametrization of its module.
+            name: its qualified name.
+            tensor: the parameter.
+        """
         return bool(self.conditions) and all(
             any(holds(entry, ref, key, name, tensor) for entry in entries) for entries, holds in self.conditions
         )
@@ -140,14 +150,14 @@ class Rule:
 def _can_be_pickled(function: Any) -> bool:
     try:
         pickle.dumps(function)
-    except Exception:  # whatever it holds says so in its own way
+    except Exception:  # objects raise different types of errors
         return False
     return True
 
 
 def _lost(name: str, parameter: Tensor) -> bool:
     raise ValueError(
-        f"parameter {name!r} came after the penalty was pickled, and the function that chose among the parameters "
+        f"parameter {name!r} was added after the penalty was pickled, and the function that selects parameters "
         "could not be pickled; build the penalty anew"
     )
 

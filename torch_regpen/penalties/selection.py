@@ -1,4 +1,4 @@
-"""Which parameters are meant: of a model, of a list of tensors."""
+"""Select the parameters to penalize, from a model or from a list of tensors."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ __all__ = ["Selection", "owned_ids"]
 
 
 class Selection:
-    """The parameters that `params`, `select` and `exclude` mean, at least one; of a model, as it is now.
+    """The parameters that `params`, `select` and `exclude` choose: at least one. It follows changes of a model.
 
     Args:
         params: a module, a tensor, or an iterable of tensors or of (name, tensor).
-        select: what is meant, see `Rule`; None means `default` of a module, and all of what is given as tensors.
-        exclude: what of it is not, see `Rule`.
-        default: what None means.
+        select: the parameters to choose, see `Rule`. None means `default` for a module, and all of given tensors.
+        exclude: the parameters to leave out, see `Rule`.
+        default: the rule for a module if `select` is None.
 
     Attributes:
-        refs: where the parameters stand.
+        refs: the locations of the selected parameters.
 
     Raises:
         TypeError: `params` is neither a module nor an iterable of tensors or of (name, tensor).
-        ValueError: nothing is selected; a choice by name or type among tensors; a tensor that is no leaf or of
-            integers.
+        ValueError: nothing is selected; `select` or `exclude` chooses by name or type among given tensors; a tensor is
+            not a leaf, or has an integer dtype.
     """
 
     def __init__(
@@ -57,31 +57,31 @@ class Selection:
 
     @property
     def every(self) -> list[ParameterRef]:
-        """Where all parameters of the model are, selected or not; of tensors, the refs themselves."""
+        """The locations of all parameters of the model, selected or not; for given tensors, `refs`."""
         return self.refs if self.root is None else self._every
 
     def refresh(self) -> None:
-        """Look again where modules were added, replaced or taken away, or lazy parameters have got a shape.
+        """Select again if modules were added, replaced or removed, or if lazy parameters were initialized.
 
         Raises:
-            ValueError: nothing is left of the selection.
+            ValueError: no selected parameter is left.
         """
         if self.root is None or torch.compiler.is_compiling():
             return
         if None in map(attrgetter("judged"), self.refs):
-            self._judge()
+            self._select()
         if self._structure.holds():
             return
         had_some = bool(self.refs)
         self._read()
         if had_some and not self.refs:
             raise ValueError(
-                f"none of the penalized parameters is left in the {type(self.root).__name__}, whose layers were "
+                f"none of the penalized parameters is left in the {type(self.root).__name__}, because its layers were "
                 "replaced; build the penalty anew"
             )
 
     def restricted_to(self, optimizer: torch.optim.Optimizer) -> Selection:
-        """Those that an optimizer owns, which may be none."""
+        """The selected parameters that `optimizer` owns; there may be none."""
         self.refresh()
         restricted = copy.copy(self)
         restricted.optimizer = optimizer
@@ -97,17 +97,17 @@ class Selection:
         for ref in all_refs(root):
             old = known.pop((ref.owner, ref.key), ref)
             old.name, old.ancestors = ref.name, ref.ancestors
-            old.weights = old.weights or weights.get(ref.name, {})  # these go by the name, whatever the layer
+            old.weights = old.weights or weights.get(ref.name, {})  # kept if the layer was replaced
             every.append(old)
         modules = set(root.modules())
-        # Where a parameter is gone from a module that is still there, to look it up is an error that says so.
+        # If a selected parameter is gone but its module is still there, reading it raises an error that says so.
         gone = [ref for ref in known.values() if ref in self.refs and ref.owner in modules]
         self._every = every + gone
         self._structure = Structure(root)
-        self._judge()
+        self._select()
 
-    def _judge(self) -> None:
-        """Choose among the refs. What was judged stays so: a parameter that took its place may have lost its marks."""
+    def _select(self) -> None:
+        """Apply the rules to new locations. Known locations keep their result: a replaced parameter may lack marks."""
         excluded = self._excluded()
         owned = None if self.optimizer is None else owned_ids(self.optimizer)
         refs = []
@@ -135,7 +135,7 @@ class Selection:
         self.refs = refs
 
     def _excluded(self) -> set[int]:
-        """The ids of the parameters that are taken off, under whichever of their names."""
+        """The ids of the parameters that `exclude` matches by any of their names."""
         if self.exclude is None:
             return set()
         return {
@@ -158,7 +158,7 @@ class Selection:
         ]
         shown = list(dict.fromkeys(near)) or names
         more = ", ..." if len(shown) > 8 else ""
-        less = "" if self.exclude is None else f", less exclude={self.exclude.given!r},"
+        less = "" if self.exclude is None else f" without exclude={self.exclude.given!r}"
         return (
             f"select={self.select.given!r}{less} matches none of the {len(names)} parameters of {kind}; "
             f"{'near matches' if near else 'its parameters are'}: {', '.join(shown[:8])}{more}"
@@ -166,7 +166,7 @@ class Selection:
 
 
 def owned_ids(optimizer: torch.optim.Optimizer) -> set[int]:
-    """The ids of the parameters that an optimizer has now."""
+    """The ids of the parameters in the param_groups of an optimizer."""
     return {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
 
 
@@ -177,8 +177,8 @@ def _holds_any(ref: ParameterRef, ids: set[int]) -> bool:
 def _refuse_scripted(root: nn.Module) -> None:
     if any(isinstance(module, torch.jit.ScriptModule) for module in root.modules()):
         raise TypeError(
-            f"{type(root).__name__} is scripted, and a scripted module does not say what its layers are. Give the "
-            "penalty the module that was scripted: the two share their parameters"
+            f"{type(root).__name__} is scripted, and the layers of a scripted module cannot be identified. Pass "
+            "the module that was scripted: the two share their parameters"
         )
 
 
@@ -187,24 +187,26 @@ def _of_tensors(params: Any, select: Select | None, exclude: Select | None) -> l
         params = [params]
     refs = [_of_tensor(i, entry) for i, entry in enumerate(params)]
     if not refs:
-        raise ValueError("no parameters to penalize: the iterable is empty (a generator that was used up?)")
+        raise ValueError("no parameters to penalize: the iterable is empty (is it a generator that was already used?)")
     if select not in (None, "all", "weights") or exclude is not None:
         given = f"select={select!r}" if exclude is None else f"exclude={exclude!r}"
         raise ValueError(
-            f"{given} beside tensors: it chooses among a module's parameters. Give the module; or, beside tensors, "
-            "select='weights' or 'all', or only the tensors that you mean"
+            f"{given} with tensors: it can only choose among the parameters of a module. Pass the module; or, with "
+            "tensors, select='weights' or 'all', or only the tensors to penalize"
         )
     flat = [ref.name for ref in refs if not _is_matrix(ref.tensor)]  # type: ignore[arg-type]
     if select is None and flat and len(refs) > 1:
         warn(
-            f"biases and norm scales seem to be among the {len(refs)} tensors: {', '.join(flat[:4])}"
-            f"{', ...' if len(flat) > 4 else ''} have fewer than 2 dimensions above 1, and are penalized like the "
-            "rest. Give the module, which leaves them out; or say select='all', or select='weights' for the others"
+            f"biases or norm scales seem to be among the {len(refs)} tensors: {', '.join(flat[:4])}"
+            f"{', ...' if len(flat) > 4 else ''} have fewer than 2 dimensions of size above 1, and are penalized too. "
+            "Give the module or select='weights' to leave them out, or select='all' to silence this warning"
         )
     if select == "weights":
         refs = [ref for ref in refs if is_weight(ref, ref.key, ref.tensor)]  # type: ignore[arg-type]
         if not refs:
-            raise ValueError("select='weights' leaves none of the tensors: all have fewer than 2 dimensions above 1")
+            raise ValueError(
+                "select='weights' leaves none of the tensors: all have fewer than 2 dimensions of size above 1"
+            )
     return refs
 
 
@@ -212,14 +214,14 @@ def _of_tensor(index: int, entry: object) -> ParameterRef:
     name, tensor = entry if isinstance(entry, tuple) and len(entry) == 2 else (str(index), entry)
     if not isinstance(name, str) or not isinstance(tensor, Tensor):
         raise TypeError(
-            f"entry {index} of the parameters is {entry!r}; allowed are a module, an iterable of tensors, of "
+            f"entry {index} of params is {entry!r}; params must be a module, or an iterable of tensors, of "
             "(name, tensor), or of dicts with a 'params'"
         )
     if not tensor.is_leaf:
         raise ValueError(
-            f"tensor {name!r} is no leaf: it was computed from others, and an update of it would be lost. Give the "
-            "parameters that it was computed from"
+            f"tensor {name!r} is no leaf: it was computed from other tensors, so an update of it would be lost. Pass "
+            "the parameters from which it was computed"
         )
     if not (tensor.is_floating_point() or tensor.is_complex()):
-        raise ValueError(f"tensor {name!r} has dtype {tensor.dtype}; a penalty needs floating point or complex")
+        raise ValueError(f"tensor {name!r} has dtype {tensor.dtype}; it must be floating point or complex")
     return tensor_ref(name, tensor)

@@ -1,4 +1,4 @@
-"""The table of what a penalty holds; and how tables are set."""
+"""The table that `Penalty.summary` returns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HEADER = ("parameter", "penalty", "shape", "lam", "value", "zeros", "zero groups
 
 
 def summary_table(terms: list[Term]) -> str:
-    """A row for each term, and one for all; the numbers of all rows come from the device at once."""
+    """Return a table with a row for each term and a row of totals. All numbers are read from the device at once."""
     counts: list[torch.Tensor] = []
     sizes: list[int] = []
     for term in terms:

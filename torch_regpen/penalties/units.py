@@ -1,7 +1,7 @@
-"""What a unit of a layer is: where its output and its input units, and its heads, lie in its weights.
+"""Where the output units, input units and heads of a layer lie in its weights.
 
-A unit belongs to the layer, not to the tensor: an input channel of a grouped convolution lies in the filters that read
-it, a unit of an LSTM in the rows of all its gates, a head of a fused projection in q, k and v.
+This depends on the type of the layer. An input channel of a grouped convolution lies in the filters that read it, a
+unit of an LSTM in one row of each gate, and a head of a fused attention projection in q, k and v.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ MULTIPLYING: tuple[type[nn.Module], ...] = (
 GATES = {nn.LSTM: 4, nn.LSTMCell: 4, nn.GRU: 3, nn.GRUCell: 3}
 
 ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
-# Projections of attention, by the names that torch, timm and transformers give them: how many heads' parts are stacked
-# in the rows of one tensor, 0 where they lie head by head.
+# The names of attention projections in torch, timm and transformers, each with the number of stacked parts: 3 if the
+# rows are all of q, then all of k, then all of v; 0 if they are ordered head by head.
 PROJECTIONS = {
     **dict.fromkeys(("q", "k", "v", "query", "key", "value", "to_q", "to_k", "to_v", "q_attn"), 1),
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "q_lin", "k_lin", "v_lin"), 1),
@@ -52,8 +52,9 @@ PROJECTIONS = {
     **dict.fromkeys(("qkv", "qkv_proj", "to_qkv", "Wqkv", "c_attn", "in_proj", "in_proj_weight"), 3),
     "query_key_value": 0,
 }
-LIBRARIES = ("torch", "torchvision", "timm", "transformers")  # whose layers stack whole q, k and v, but for
-HEAD_BY_HEAD = (  # these; and those that have a true `head_first`
+# The layers of these libraries stack q, k and v as above, except HEAD_BY_HEAD and layers with `head_first = True`.
+LIBRARIES = ("torch", "torchvision", "timm", "transformers")
+HEAD_BY_HEAD = (
     "timm.layers.halo_attn.HaloAttn",
     "timm.models.efficientformer.Attention",
     "timm.models.tiny_vit.Attention",
@@ -71,10 +72,17 @@ OUTPUTS = ("out_proj", "o_proj", "proj", "c_proj", "o", "dense", "out_lin", "to_
 
 
 def grouping_of(groups: Groups | None, ref: ParameterRef, shape: torch.Size, scale: bool = True) -> Grouping:
-    """The grouping that a user's `groups` means for a parameter of this shape that stands in `ref`.
+    """Return the grouping that the argument `groups` of a penalty means for a parameter.
+
+    Args:
+        groups: see `Penalty`.
+        ref: the location of the parameter, which tells its layer.
+        shape: the shape of the parameter.
+        scale: see `NormGrouping`.
 
     Raises:
-        ValueError, TypeError: as `torch_regpen.groups.resolve`; heads that are not those of the layer.
+        ValueError: the layer has another number of heads; see also `torch_regpen.groups.resolve`.
+        TypeError: see `torch_regpen.groups.resolve`.
     """
     if isinstance(groups, Heads):
         return _heads(groups, ref, shape, scale)
@@ -84,7 +92,7 @@ def grouping_of(groups: Groups | None, ref: ParameterRef, shape: torch.Size, sca
 
 
 def transformers_conv1d() -> tuple[type[nn.Module], ...]:
-    """The Conv1D of transformers, whose weight is (inputs, outputs); nothing where nobody has imported it."""
+    """The Conv1D of transformers, whose weight is (inputs, outputs); empty if transformers is not imported."""
     module = sys.modules.get("transformers.pytorch_utils")
     return () if module is None else (module.Conv1D,)
 
@@ -92,7 +100,7 @@ def transformers_conv1d() -> tuple[type[nn.Module], ...]:
 def _units(ref: ParameterRef, shape: torch.Size, inputs: bool, scale: bool) -> Grouping:
     owner: Any = ref.owner
     if isinstance(owner, _ConvNd) and owner.groups > 1 and len(shape) > 2:
-        # Within each group of channels; the dimension over all filters is cut into the groups.
+        # Divide dimension 0, over all filters, into the groups of channels.
         transposed = isinstance(owner, _ConvTransposeNd)
         if inputs != transposed:
             view = (owner.groups, shape[0] // owner.groups, *shape[1:])
@@ -108,7 +116,7 @@ def _units(ref: ParameterRef, shape: torch.Size, inputs: bool, scale: bool) -> G
 
 
 def recurrent_partner(ref: ParameterRef) -> torch.Tensor | None:
-    """The other matrix of a recurrent layer that leads to the same units: from the input, or from the step before."""
+    """For an input-to-hidden matrix the hidden-to-hidden matrix of the same units, and vice versa; else None."""
     if not isinstance(ref.owner, nn.RNNBase | nn.RNNCellBase):
         return None
     for one, other in (("weight_ih", "weight_hh"), ("weight_hh", "weight_ih")):
@@ -119,14 +127,14 @@ def recurrent_partner(ref: ParameterRef) -> torch.Tensor | None:
 
 
 def _holds_experts(ref: ParameterRef) -> bool:
-    """Whether a raw parameter is a stack of the weights of experts."""
+    """Whether a raw parameter holds the stacked weights of experts (mixture of experts)."""
     if ref.owner is None or isinstance(ref.owner, MULTIPLYING):
         return False
     return "expert" in f"{type(ref.owner).__name__} {ref.name}".lower()
 
 
 def _transposed_experts(ref: ParameterRef, shape: torch.Size) -> bool:
-    """Whether experts are (inputs, outputs): as their module says, else as the shapes of its weights fit each other."""
+    """Whether expert weights are (inputs, outputs), by an attribute of the module or else by the shapes."""
     owner: Any = ref.owner
     says = getattr(owner, "is_transposed", None)
     if isinstance(says, bool):
@@ -134,7 +142,7 @@ def _transposed_experts(ref: ParameterRef, shape: torch.Size) -> bool:
     up, down = (owner._parameters.get(key) for key in ("gate_up_proj", "down_proj"))
     if up is None or down is None:
         return False
-    # gate and up are stacked along the outputs, twice as many as the inputs of down
+    # gate_up_proj has twice as many outputs as down_proj has inputs
     return bool(up.shape[2] == 2 * down.shape[1] and up.shape[1] != 2 * down.shape[2])
 
 
@@ -144,7 +152,7 @@ def is_attention_projection(ref: ParameterRef) -> bool:
 
 
 def _projection(ref: ParameterRef) -> str:
-    """The name of the layer that a weight is of, or the weight's own in a layer of several."""
+    """The name of the projection layer; for a layer with several weights, the name of the weight."""
     parts = ref.name.split(".")
     return parts[-1] if ref.key != "weight" or len(parts) < 2 else parts[-2]
 
@@ -162,7 +170,7 @@ def _heads(heads: Heads, ref: ParameterRef, shape: torch.Size, scale: bool) -> G
     if ref.owner is None or len(shape) < 2 or name not in (*PROJECTIONS, *OUTPUTS) or not _in_attention(ref):
         return heads
     along = 1 if isinstance(ref.owner, transformers_conv1d()) else 0
-    if name in OUTPUTS:  # its inputs are what the heads put out
+    if name in OUTPUTS:  # the heads lie along its inputs
         along = 1 - along
     if heads.dim is not None and heads.dim % len(shape) != along:
         return heads
@@ -183,10 +191,10 @@ def _heads(heads: Heads, ref: ParameterRef, shape: torch.Size, scale: bool) -> G
 
 
 class _Attention:
-    """What the attention layer around a projection says of its heads.
+    """The heads of the attention layer that contains a projection.
 
     Args:
-        ref: a weight of the projection.
+        ref: the location of a weight of the projection.
     """
 
     def __init__(self, ref: ParameterRef) -> None:
@@ -194,7 +202,7 @@ class _Attention:
         self.modules = list(reversed(ref.ancestors))
         self.heads = self._number("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead")
         self.size = self._number("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
-        # The projection is a layer of its own in the attention layer, or a parameter of that.
+        # The projection is a submodule of the attention layer, or a parameter of it.
         parent = ref.ancestors[-2 if ref.key == "weight" and len(ref.ancestors) > 1 else -1]
         kinds = [kind for kind in type(parent).__mro__ if issubclass(kind, nn.Module) and kind is not nn.Module]
         self.kinds = [f"{kind.__module__}.{kind.__qualname__}" for kind in kinds]
@@ -205,7 +213,7 @@ class _Attention:
         self.query_rows = next((len(w) for w in weights if isinstance(w, torch.Tensor) and w.ndim > 1), None)
 
     def _number(self, *names: str) -> int | None:
-        """The first of these attributes of the innermost module, or of its config, that has any."""
+        """The first of these attributes found on a module or its config, innermost module first."""
         for module in self.modules:
             for source in (module, getattr(module, "config", None)):
                 for name in names:
@@ -215,31 +223,33 @@ class _Attention:
         return None
 
     def check(self, n: int) -> None:
-        """Raise `ValueError` where the layer has another number of heads."""
+        """Raise `ValueError` if the layer does not have `n` heads."""
         if self.heads not in (None, n):
-            raise ValueError(f"Heads({n}) on a layer of {self.heads} heads; give each layer its own with select=")
+            raise ValueError(f"Heads({n}) on a layer of {self.heads} heads; with select=, choose layers of {n} heads")
 
     def shared_heads(self, n: int, rows: int) -> int:
-        """The number of heads of a key or value projection, which several queries may share."""
+        """The number of heads of a key or value projection; smaller than `n` in grouped-query attention."""
         if self.query_rows is None or rows * n % self.query_rows:
             return n
         return rows * n // self.query_rows
 
     def stacked(self, parts: int, n: int, rows: int, inputs: int) -> tuple[int, int]:
-        """How many parts of `n` heads are stacked: of q, k and v, of k and v, or one where they lie head by head."""
+        """The number of stacked parts (3: q, k, v; 2: k, v; 1: ordered head by head), and the heads in each."""
         if not set(self.kinds).isdisjoint(SPLIT_OVER_DEVICES):
-            raise ValueError(f"{self.kinds[0]} mixes the rows of its heads; leave the parameter out with exclude=")
+            raise ValueError(
+                f"{self.kinds[0]} interleaves the rows of its heads; leave the parameter out with exclude="
+            )
         if not self.known and not self.ref.told:
             self.ref.told = True
             warn(
-                f"Heads({n}): how {self.kinds[0]} stacks its heads is not known; they are taken to lie in q, then in "
-                f"k, then in v. If it stacks head by head, say Heads({n}, dim=0)"
+                f"Heads({n}): the order of the heads in {self.kinds[0]} is not known; all of q, then k, then v is "
+                f"assumed. If the order is head by head, pass Heads({n}, dim=0)"
             )
         size = self.size if self.size is not None else inputs // n
         found = 2 if parts == 3 and rows == 2 * n * size and self._number("is_cross_attention") else parts or 3
         if rows != found * n * size:
             raise ValueError(
-                f"{rows} outputs are not {found} times {n} heads of {size}: queries share keys and values here, or the "
-                "heads lie in an order that is not known. Leave the parameter out with select= or exclude="
+                f"{rows} outputs are not {found} times {n} heads of {size}: either queries share keys and values, or "
+                "the order of the heads is not known. Leave the parameter out with select= or exclude="
             )
         return (found if parts and not self.head_by_head else 1), n

@@ -19,7 +19,37 @@ __all__ = ["L1", "L2", "ElasticNet", "GroupLasso", "NuclearNorm", "SparseGroupLa
 Center = Literal["initial"] | Mapping[str, Tensor] | None
 
 
-class ElasticNet(ScalarElasticNet, Penalty):
+class _Convex(ScalarElasticNet, Penalty):  # type: ignore[misc]
+    """`rho(u) = a*u + b*u^2`, with `(a, b)` in `coefficients`."""
+
+    def __init__(
+        self,
+        params: Params,
+        lam: float,
+        *,
+        select: Select | None = None,
+        exclude: Select | None = None,
+        groups: Groups | None = None,
+        scale: bool = True,
+        center: Center = None,
+        weights: Mapping[str, Tensor] | None = None,
+        positive: bool = False,
+    ) -> None:
+        self.positive = positive
+        Penalty.__init__(
+            self,
+            params,
+            lam,
+            select=select,
+            exclude=exclude,
+            groups=groups,
+            scale=scale,
+            center=center,
+            weights=weights,
+        )
+
+
+class ElasticNet(_Convex):
     """`lam * (r * sum |w| + (1 - r) * sum |w|^2)`, where `r = l1_ratio` (Zou and Hastie 2005).
 
     scikit-learn's ElasticNet with `alpha = lam*(r + 2*(1 - r))` and `l1_ratio = lam*r/alpha` is the same penalty, added
@@ -58,9 +88,7 @@ class ElasticNet(ScalarElasticNet, Penalty):
         if not 0 <= l1_ratio <= 1:
             raise ValueError(f"l1_ratio must be between 0 and 1, but got {l1_ratio}")
         self.l1_ratio = float(l1_ratio)
-        self.positive = positive
-        Penalty.__init__(
-            self,
+        super().__init__(
             params,
             lam,
             select=select,
@@ -69,6 +97,7 @@ class ElasticNet(ScalarElasticNet, Penalty):
             scale=scale,
             center=center,
             weights=weights,
+            positive=positive,
         )
 
     @property
@@ -77,7 +106,7 @@ class ElasticNet(ScalarElasticNet, Penalty):
         return self.l1_ratio, 1 - self.l1_ratio
 
 
-class L1(ScalarElasticNet, Penalty):
+class L1(_Convex):
     """`lam * sum |w|` (Tibshirani 1996). The proximal map makes weights that do not matter exactly 0.
 
     Args:
@@ -98,39 +127,14 @@ class L1(ScalarElasticNet, Penalty):
 
     coefficients = (1.0, 0.0)
 
-    def __init__(
-        self,
-        params: Params,
-        lam: float,
-        *,
-        select: Select | None = None,
-        exclude: Select | None = None,
-        groups: Groups | None = None,
-        scale: bool = True,
-        center: Center = None,
-        weights: Mapping[str, Tensor] | None = None,
-        positive: bool = False,
-    ) -> None:
-        self.positive = positive
-        Penalty.__init__(
-            self,
-            params,
-            lam,
-            select=select,
-            exclude=exclude,
-            groups=groups,
-            scale=scale,
-            center=center,
-            weights=weights,
-        )
 
-
-class L2(ScalarElasticNet, Penalty):
+class L2(_Convex):
     """`lam * sum |w|^2`, without a factor 1/2: it equals `weight_decay=2*lam`. It shrinks all weights, none to zero.
 
     Args:
         params, lam, select, exclude, scale, center, weights: see `Penalty`.
         groups: see `Penalty`; groups do not change the sum of squares, but `weights` are then one per group.
+        positive: see `L1`.
 
     Raises:
         TypeError, ValueError: see `Penalty`.
@@ -144,7 +148,6 @@ class L2(ScalarElasticNet, Penalty):
     """
 
     coefficients = (0.0, 1.0)
-    __init__ = Penalty.__init__
 
     @classmethod
     def from_weight_decay(cls, params: Params, weight_decay: float, *, select: Select | None = "all") -> L2:
@@ -270,7 +273,7 @@ class SparseGroupLasso(ElasticNet):
         groups: see `GroupLasso`.
 
     Raises:
-        ValueError: `l1_ratio` is not between 0 and 1; see also `Penalty`.
+        ValueError: `l1_ratio` is not between 0 and 1; `weights` are given; see also `Penalty`.
 
     Example:
         >>> import torch
@@ -292,9 +295,12 @@ class SparseGroupLasso(ElasticNet):
         groups: Groups = "output",
         scale: bool = True,
         center: Center = None,
+        weights: None = None,
         l1_ratio: float = 0.5,
         positive: bool = False,
     ) -> None:
+        if weights is not None:
+            raise ValueError("SparseGroupLasso takes no weights: give them to L1 or GroupLasso, and add the two")
         super().__init__(
             params,
             lam,

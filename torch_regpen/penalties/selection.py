@@ -67,7 +67,7 @@ class Selection:
         """
         if self.root is None or torch.compiler.is_compiling():
             return
-        if any(ref.judged is None for ref in self.refs):
+        if any(ref.evaluated is None for ref in self.refs):
             self._select()
         if self._structure.holds():
             return
@@ -121,9 +121,9 @@ class Selection:
                 refs.append(ref)
                 continue
             keys = {key for key, *_ in tensors}
-            new = ref.judged != keys
+            new = ref.evaluated != keys
             if new:
-                ref.judged = keys
+                ref.evaluated = keys
                 ref.selected = {
                     key
                     for key, name, tensor in tensors

@@ -106,7 +106,7 @@ class Selection:
         self._select()
 
     def _select(self) -> None:
-        """Apply the rules to new locations. Known locations keep their result: a replaced parameter may lack marks."""
+        """Apply the rules to new locations. Others keep their result: a replaced parameter may lack its attributes."""
         excluded = self._excluded()
         owned = None if self.optimizer is None else owned_ids(self.optimizer)
         refs = []

@@ -93,9 +93,8 @@ class NormGrouping(Grouping):
         dims = self.dims(x.ndim)
         if not dims:
             return x
-        return (
-            x.amax(dim=dims, keepdim=True) if x.numel() else x.sum(dim=dims, keepdim=True)
-        )  # amax raises for empty tensors
+        # amax raises for empty tensors
+        return x.amax(dim=dims, keepdim=True) if x.numel() else x.sum(dim=dims, keepdim=True)
 
     def size(self, shape: torch.Size) -> int:
         """The number of elements in a group."""

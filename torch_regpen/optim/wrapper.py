@@ -46,7 +46,7 @@ class RegularizedOptimizer(WrappingOptimizer):
       has subtracted so far, and the sum `S` of all steps `s`. The optimizer steps, then `latent = w + d`, `S += s`,
       `w = prox(latent, S*lam)`, `d = latent - w`. Zeros can become nonzero again; large weights have little bias.
 
-    For convex penalties, "coupled", "proximal" and "dual" share their fixed points: stationary points of loss + penalty.
+    For convex penalties, "coupled", "proximal" and "dual" share their fixed points, where loss + penalty is stationary.
 
     Half-precision weights lose updates below 0.4% (bfloat16) or 0.05% (float16) of a weight to rounding. Use "dual",
     which keeps `S` in float32, or autocast with float32 weights.
@@ -56,9 +56,9 @@ class RegularizedOptimizer(WrappingOptimizer):
         penalty: a penalty, a list of penalties (their sum), or a list of `(penalty, mode)` pairs; see `Penalty` for the
             units of `lam`.
         mode: the mode of each penalty that has none of its own.
-        metric: the step `s` of "proximal" and "dual". "auto" computes it from the state of optimizers in torch.optim
-            and takes `lr` for others, with a warning. "euclidean" takes `lr`. A callable `(optimizer, parameter, group)`
-            returns a number or a tensor of the parameter's shape.
+        metric: the step `s` of "proximal" and "dual". "auto" computes it from the state of optimizers in torch.optim,
+            and takes `lr` for others, with a warning. "euclidean" takes `lr`. A callable returns it: a number or a
+            tensor of the parameter's shape, from `(optimizer, parameter, group)`.
 
     Attributes:
         penalty: the penalty, or the sum of all penalties.
@@ -298,8 +298,7 @@ def _by_mode(penalty: Any, default: str) -> dict[str, list[Penalty]]:
             raise TypeError(
                 f"penalty must be a Penalty or a list of them, or of (penalty, mode) pairs; got a {type(part).__name__}"
             )
-        if not isinstance(mode, str) or mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(map(repr, sorted(MODES)))}, not {mode!r}")
+        _check_mode(mode)
         found[mode].append(part)
     parts = [leaf for penalties in found.values() for part in penalties for leaf in part.parts]
     if not parts:
@@ -307,9 +306,13 @@ def _by_mode(penalty: Any, default: str) -> dict[str, list[Penalty]]:
     twice = next((part for i, part in enumerate(parts) if any(part is other for other in parts[:i])), None)
     if twice is not None:
         raise ValueError(f"the same penalty is given twice and would count double: {twice!r}")
-    if default not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(map(repr, sorted(MODES)))}, not {default!r}")
+    _check_mode(default)
     return {mode: penalties for mode, penalties in found.items() if penalties}
+
+
+def _check_mode(mode: str) -> None:
+    if not isinstance(mode, str) or mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(map(repr, sorted(MODES)))}, not {mode!r}")
 
 
 def _sum(penalties: list[Penalty]) -> Penalty:

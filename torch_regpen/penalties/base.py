@@ -44,7 +44,7 @@ class Penalty(PenalizedParameters):
 
     Units of `lam`: loss per `Omega`. The loss and mode "coupled" add `lam * subgradient` to the gradient, before any
     learning rate. Per step, mode "decoupled" subtracts `lr * lam * subgradient` from the weights; mode "proximal" and
-    `prox_(step)` apply the prox with `t = step * lam`; mode "dual" with `t` = the sum of all steps so far times `lam`.
+    `prox_(step)` apply the prox with `t = step * lam` (`step` is `lr` for plain SGD); mode "dual" sums `t` over steps.
 
     Args:
         params: an `nn.Module`; or an iterable of tensors, of `(name, tensor)`, or of parameter groups: dicts

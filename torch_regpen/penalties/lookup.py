@@ -32,9 +32,9 @@ class ParameterRef:
         key: the name in the owner.
         ancestors: the modules from the root down to the owner.
         undecayed: whether an ancestor lists it in `no_weight_decay()`.
-        judged: the keys to which the selection rules were applied; None if they were not applied yet.
+        evaluated: the keys to which the selection rules were applied; None if they were not applied yet.
         selected: the keys that the rules selected.
-        told: whether a warning was given that the order of its heads is a guess.
+        warned: whether a warning was given that the order of its heads is a guess.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class ParameterRef:
         self.tensor = tensor
         # A bare tensor without requires_grad is penalized; a parameter without it is frozen.
         self.can_freeze = tensor is None or isinstance(tensor, nn.Parameter) or tensor.requires_grad
-        self.judged: set[str] | None = None if tensor is None else {key}
-        self.told = False
+        self.evaluated: set[str] | None = None if tensor is None else {key}
+        self.warned = False
         self.selected: set[str] = set() if tensor is None else {key}
         self.registered: dict[str, weakref.ref[Tensor]] = {}  # the last registered parameters, by name
         self.was_frozen: dict[str, bool] = {}  # whether these were frozen, in case they no longer exist
@@ -74,7 +74,7 @@ class ParameterRef:
             if isinstance(tensor, UninitializedParameter):
                 continue
             refuse_flattened(name, tensor)
-            if key in self.selected or (self.judged is not None and key not in self.judged):
+            if key in self.selected or (self.evaluated is not None and key not in self.evaluated):
                 yield name, tensor
 
     def location(self) -> tuple[dict[str, Any], str] | None:
@@ -90,7 +90,7 @@ class ParameterRef:
         parameters = self.owner._parameters
         parameter = parameters.get(self.key)
         simple = isinstance(parameter, nn.Parameter) and not isinstance(parameter, UninitializedParameter)
-        return (parameters, self.key) if simple and self.judged is not None else None
+        return (parameters, self.key) if simple and self.evaluated is not None else None
 
     def is_gone(self) -> bool:
         """Whether the parameter was removed from its owner."""

@@ -56,11 +56,11 @@ class PenalizedParameters(nn.Module):
         self.param_groups: list[dict[str, Any]] = []
         self._selections: list[Selection] = []
         self.seen = {"in_loss": False}  # set in backward; RegularizedOptimizer uses it to warn about double counting
-        default, meant = checked_lam(lam), "attention" if isinstance(groups, Heads) else "weights"
+        default, default_select = checked_lam(lam), "attention" if isinstance(groups, Heads) else "weights"
         for group in as_param_groups(params):
             self.param_groups.append(ParamGroup(group, lam=group.get("lam", default)))
             chosen = group.get("select", select), group.get("exclude", exclude)
-            self._selections.append(Selection(group["params"], *chosen, default=meant))
+            self._selections.append(Selection(group["params"], *chosen, default=default_select))
         self._units = None if not isinstance(groups, Coupled) else CoupledUnits(groups)
         if self._units is not None and (center is not None or weights is not None):
             raise ValueError("groups=Coupled(...) does not support center or weights")

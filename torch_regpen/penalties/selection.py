@@ -68,7 +68,7 @@ class Selection:
         """
         if self.root is None or torch.compiler.is_compiling():
             return
-        if None in map(attrgetter("judged"), self.refs):
+        if None in map(attrgetter("evaluated"), self.refs):
             self._select()
         if self._structure.holds():
             return
@@ -107,7 +107,7 @@ class Selection:
         self._select()
 
     def _select(self) -> None:
-        """Apply the rules to new locations. Known locations keep their result: a replaced parameter may lack marks."""
+        """Apply the rules to new locations. Others keep their result: a replaced parameter may lack its attributes."""
         excluded = self._excluded()
         owned = None if self.optimizer is None else owned_ids(self.optimizer)
         refs = []
@@ -122,9 +122,9 @@ class Selection:
                 refs.append(ref)
                 continue
             keys = {key for key, *_ in tensors}
-            new = ref.judged != keys
+            new = ref.evaluated != keys
             if new:
-                ref.judged = keys
+                ref.evaluated = keys
                 ref.selected = {
                     key
                     for key, name, tensor in tensors

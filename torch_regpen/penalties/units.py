@@ -239,8 +239,8 @@ class _Attention:
             raise ValueError(
                 f"{self.kinds[0]} interleaves the rows of its heads; leave the parameter out with exclude="
             )
-        if not self.known and not self.ref.told:
-            self.ref.told = True
+        if not self.known and not self.ref.warned:
+            self.ref.warned = True
             warn(
                 f"Heads({n}): the order of the heads in {self.kinds[0]} is not known; all of q, then k, then v is "
                 f"assumed. If the order is head by head, pass Heads({n}, dim=0)"

@@ -281,7 +281,9 @@ def regularization_path(
                 "model": [f"{name}: {list(getattr(value, 'shape', []))}" for name, value in start.items()],
             }
             done = _Checkpoint(checkpoint, cache_key)
-            for run, train, test, step in with_progress_bar(jobs, "regularization path") if progress else jobs:
+            for run, train, test, step in (
+                with_progress_bar(jobs, "regularization path", len(jobs)) if progress else jobs
+            ):
                 if step == 0:
                     model.load_state_dict(start)
                 penalty.lam = path.lams[step]

@@ -6,9 +6,11 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TypeVar
 
-__all__ = ["with_progress_bar"]
+__all__ = ["format_table", "require", "warn", "with_progress_bar"]
+
+Item = TypeVar("Item")
 
 
 @contextmanager
@@ -20,11 +22,21 @@ def require(why: str, extra: str) -> Iterator[None]:
         raise ImportError(f'{why}: pip install "torch_regpen[{extra}]"') from error
 
 
-def with_progress_bar(jobs: list[Any], name: str) -> Iterable[Any]:
-    """The jobs, with a bar that shows how many are done."""
+def with_progress_bar(items: Iterable[Item], name: str, total: int, done: int = 0) -> Iterator[Item]:
+    """The items, with a bar of those that are done and the time that is left.
+
+    Args:
+        items: what is iterated over.
+        name: shown beside the bar.
+        total: the number of items, with those that were done before.
+        done: the number of items that were done before.
+
+    Raises:
+        ImportError: tqdm is missing.
+    """
     with require("progress=True needs tqdm", "examples"):
         from tqdm import tqdm
-    return tqdm(jobs, desc=name)  # type: ignore[no-any-return]
+    return iter(tqdm(items, desc=name, total=total, initial=done))
 
 
 def warn(message: str) -> None:

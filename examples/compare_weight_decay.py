@@ -6,8 +6,7 @@ the others anew into training and validation. Pixels that are blank in the whole
 zero comes for free; the others are standardized with the mean and deviation of the training split.
 
     python examples/compare_weight_decay.py
-    tensorboard --logdir runs/compare_weight_decay/chosen     the weights over time
-    tensorboard --logdir runs/compare_weight_decay/lambdas    the lambdas side by side: its tab HPARAMS
+    tensorboard --logdir runs/compare_weight_decay    the weights over time, scores by lambda, the methods in HPARAMS
 """
 
 import argparse
@@ -141,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     plot, table = options.logdir / "compare_weight_decay.png", options.logdir / "compare_weight_decay.csv"
     comparison.plot(plot)
     comparison.to_csv(table)
-    print(f"\nThe plot: {plot}\nAll trainings: {table}\nTensorBoard: tensorboard --logdir {options.logdir}/chosen")
+    print(f"\nThe plot: {plot}\nAll trainings: {table}\nTensorBoard: tensorboard --logdir {options.logdir}")
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def _without_penalty() -> float:
 
 def _number(name: str, value: Any) -> float:
     try:
-        return float(value)
+        return float(value.detach() if isinstance(value, Tensor) else value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"score returned {name!r}: {value!r}; allowed is a number") from error
 

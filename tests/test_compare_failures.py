@@ -322,6 +322,14 @@ def test_a_short_training_has_two_points_and_each_method_one_file(tmp_path):
         assert min(counts.values()) >= 2, counts
 
 
+def test_a_training_without_steps_logs_none(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    compare({}, [0.1], **SETUP | {"fit": lambda *_: None}, logdir=tmp_path)
+    assert EventAccumulator(str(tmp_path / "chosen" / "plain")).Reload().Tags()["scalars"] == []
+
+
 def test_the_table_of_hyperparameters_shows_each_method_with_its_last_scores(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

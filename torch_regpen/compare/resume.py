@@ -48,9 +48,8 @@ class FinishedTrainings:
             name: {"penalty": describe(method.make_penalty), "how": method.how, "options": describe(method.options)}
             for name, method in experiment.methods.items()
         }
-        models = {seed: experiment.initial_model(seed) for seed in seeds}
-        self.models = {seed: _digest(model) for seed, model in models.items()}
-        optimizer = experiment.make_optimizer(next(iter(models.values())).parameters())
+        self.models = {seed: _digest(experiment.initial_model(seed)) for seed in seeds}
+        optimizer = experiment.make_optimizer(experiment.initial_model(next(iter(self.models))).parameters())
         functions = ("data", "make_model", "make_optimizer", "fit", "score")
         self.shared = {name: describe(getattr(experiment, name)) for name in functions} | {
             "optimizer": " ".join(repr(optimizer).split()),

@@ -159,22 +159,21 @@ class _Steps:
 
     def _count(self, *_: object) -> None:
         if self.logger is not None and self.count % self.logger.every == 0:
-            self._log(self.logger)
+            self._log(self.logger, self.count)
         self.count += 1
 
     def end(self) -> None:
         """Log the last step, if it is not logged: else a short training would leave a single point."""
-        self.count -= 1
-        if self.logger is not None and self.count % self.logger.every:
+        last = self.count - 1
+        if self.logger is not None and self.count and last % self.logger.every:
             self.logger.every = 1
-            self._log(self.logger)
-        self.count += 1
+            self._log(self.logger, last)
 
-    def _log(self, logger: WeightLogger) -> None:
-        logger.step(self.count)
+    def _log(self, logger: WeightLogger, step: int) -> None:
+        logger.step(step)
         if logger.writer is not None:
             for name, value in self.evaluate().items():
-                logger.writer.add_scalar(f"score/{name}", value, self.count)
+                logger.writer.add_scalar(f"score/{name}", value, step)
 
 
 # Many trainings.

@@ -11,7 +11,9 @@ Example:
 
 from importlib import metadata as _metadata
 
-from . import compare, functional, groups
+from typing import TYPE_CHECKING
+
+from . import functional, groups
 from .optim import RegularizedOptimizer
 from .penalties.activity import ActivityPenalty
 from .penalties.base import Penalty, Sum
@@ -22,6 +24,11 @@ from .schedules import TargetSparsity
 from .tensorboard import WeightLogger
 
 __version__ = _metadata.version(__name__)
+
+if TYPE_CHECKING:
+    from .compare.run import compare  # a module that can be called, which type checkers cannot follow
+else:
+    from . import compare
 
 __all__ = [
     "L0",

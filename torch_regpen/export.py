@@ -1,4 +1,4 @@
-"""Handing exact zeros on: to torch.nn.utils.prune, to a sparse file, and to whoever takes dead units out of a model."""
+"""Use exact zeros elsewhere: masks for torch.nn.utils.prune, sparse files, and units that can be removed."""
 
 from __future__ import annotations
 
@@ -20,29 +20,38 @@ from .penalties.rules import Select
 __all__ = ["dead_units", "load_sparse_state_dict", "prune_masks", "sparse_state_dict"]
 
 SPARSE = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex128, torch.complex64)
-INDEX_BYTES = 4  # of a position in compressed sparse row format
+INDEX_BYTES = 4  # a position in compressed sparse row format
 
 
 def dead_units(penalty_or_model: Penalty | nn.Module, *, select: Select | None = None) -> dict[str, list[int]]:
     """The output units whose incoming weights are all exactly zero: `{parameter name: [unit, ...]}`.
 
-    Units are neurons, filters, rows of an embedding; of an LSTM or GRU, what has zeros in the rows of all gates, from
-    the input and from the step before; of stacked experts, the units of the first, then of the second. Of a penalty
-    over input units (`groups="input"`) they are the input units, which nothing reads; of a sum of both, the output
-    units. A parameter with no dead units is left out, and so is one of fewer than 2 dimensions.
+    An output unit is a neuron, a filter or a row of an embedding. A unit of an LSTM or GRU is dead if its rows are zero
+    in all gates of both matrices. Units of stacked experts are numbered through all experts. For a penalty with
+    `groups="input"`, the input units that no weight reads are listed instead; for a sum of penalties with both kinds of
+    groups, the output units. Parameters without dead units or with fewer than 2 dimensions are left out.
 
-    A dead unit is not silent: it goes on to emit its bias. Before such units are taken out, by Torch-Pruning say, that
-    constant must be moved into the bias of the layer that follows, as `examples/export_pruned.py` does. Masks of
-    torch.nn.utils.prune are not looked at: make them permanent first, with `prune.remove`.
+    A dead unit still outputs its bias. Before it is removed, for instance by Torch-Pruning, this constant must be added
+    to the bias of the next layer, as in `examples/export_pruned.py`. Masks of torch.nn.utils.prune are not read: make
+    them permanent with `prune.remove` first.
 
     Args:
-        penalty_or_model: the penalty whose parameters are meant, or a model.
-        select: which parameters of a model, as a penalty takes it; None means `"weights"`: no biases and no
+        penalty_or_model: a penalty, for the parameters that it penalizes, or a model.
+        select: the parameters of a model, in the forms of a penalty's `select`. None is "weights": no biases and no
             normalization layers.
 
     Raises:
-        TypeError: given neither a penalty nor a model.
-        ValueError: `select` matches nothing, or is given beside a penalty.
+        TypeError: `penalty_or_model` is neither a penalty nor a model.
+        ValueError: `select` matches nothing, or is given with a penalty.
+
+    Example:
+        >>> import torch
+        >>> from torch_regpen.export import dead_units
+        >>> layer = torch.nn.Linear(2, 3)
+        >>> with torch.no_grad():
+        ...     _ = layer.weight[1].zero_()
+        >>> dead_units(layer)
+        {'weight': [1]}
     """
     inputs: dict[str, Grouping] = {}
     outputs: set[str] = set()
@@ -62,25 +71,34 @@ def dead_units(penalty_or_model: Penalty | nn.Module, *, select: Select | None =
 
 @torch.no_grad()
 def prune_masks(penalty_or_model: Penalty | nn.Module, *, select: Select | None = None) -> dict[str, Tensor]:
-    """Hand the exact zeros to `torch.nn.utils.prune`, so that they hold in training: `{parameter name: mask}`.
+    """Keep exact zeros at zero in further training, by masks of `torch.nn.utils.prune`.
 
-    Each parameter `NAME` that has zeros becomes a parameter `NAME_orig`, the same tensor that the optimizer has, and a
-    buffer `NAME_mask`, 0 where it was zero; the module multiplies them at each forward.
-    `torch.nn.utils.prune.remove(module, NAME)` makes it a plain parameter again, zeros included. A penalty on the model
-    has to be built anew afterwards.
+    A parameter `NAME` with zeros becomes `NAME_orig * NAME_mask` at each forward: `NAME_orig` is the same tensor as
+    before, so that an optimizer goes on with it, and `NAME_mask` is a buffer of zeros and ones.
+    `torch.nn.utils.prune.remove(module, NAME)` makes it a plain parameter again, zeros included. Build penalties on the
+    model anew afterwards.
 
     Args:
-        penalty_or_model: the penalty whose parameters are meant, or a model.
-        select: which parameters of a model, as a penalty takes it; None means `"weights"`: no biases, which often start
-            at zero, and no normalization layers.
+        penalty_or_model: a penalty, for the parameters that it penalizes, or a model.
+        select: the parameters of a model, in the forms of a penalty's `select`. None is "weights": no biases, which
+            often start at zero, and no normalization layers.
 
     Returns:
-        The masks that were set, by the names that the parameters had, True where a weight is kept.
+        `{parameter name: mask}`, of the shape of the parameter, True where a weight is kept.
 
     Raises:
-        TypeError: given neither a penalty nor a model.
-        ValueError: a parameter is sharded, or has zeros and is parametrized or without a module; nothing is then
-            changed. `select` matches nothing, or is given beside a penalty.
+        TypeError: `penalty_or_model` is neither a penalty nor a model.
+        ValueError: a parameter is sharded, or has zeros and is parametrized or in no module. Then nothing is changed.
+            `select` matches nothing, or is given with a penalty.
+
+    Example:
+        >>> import torch
+        >>> from torch_regpen.export import prune_masks
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> with torch.no_grad():
+        ...     _ = layer.weight.copy_(torch.tensor([[0.0, 3.0]]))
+        >>> prune_masks(layer)
+        {'weight': tensor([[False,  True]])}
     """
     chosen = find_parameters(penalty_or_model, select, default="weights")
     pruned = [place for place in chosen if isinstance(place.tensor, DTensor) or bool((place.tensor == 0).any())]
@@ -96,17 +114,32 @@ def prune_masks(penalty_or_model: Penalty | nn.Module, *, select: Select | None 
 
 
 def sparse_state_dict(model: nn.Module) -> dict[str, Any]:
-    """The model's state dict, with the matrices that are smaller that way in compressed sparse row format (CSR).
+    """The state dict of a model, with matrices in compressed sparse row format (CSR) where that is smaller.
 
-    These are the tensors with 2 dimensions for which `nonzeros * (itemsize + 4) + 4 * (rows + 1)` bytes, with 32-bit
-    positions, are fewer than all elements take: of float32, where more than half of them are zero. The others stay as
-    they are. `torch.save` writes it and `torch.load(..., weights_only=True)` reads it:
+    A matrix takes `nonzeros * (itemsize + 4) + 4 * (rows + 1)` bytes in this format, with 32-bit positions. In float32
+    that is smaller if more than half of the elements are zero. All other entries stay as they are.
 
-        >>> torch.save(sparse_state_dict(model), "model.pt")
-        >>> load_sparse_state_dict(model, torch.load("model.pt", weights_only=True))
+    Args:
+        model: the model.
+
+    Returns:
+        The state dict, which `torch.save` writes and `torch.load(..., weights_only=True)` reads.
+
+    Example:
+        >>> import os, tempfile, torch
+        >>> from torch_regpen.export import load_sparse_state_dict, sparse_state_dict
+        >>> model = torch.nn.Linear(8, 8)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.zero_().fill_diagonal_(1.0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = os.path.join(folder, "model.pt")
+        ...     torch.save(sparse_state_dict(model), file)
+        ...     load_sparse_state_dict(model, torch.load(file, weights_only=True))
+        >>> sparse_state_dict(model)["weight"].layout
+        torch.sparse_csr
     """
     state: dict[str, Any] = model.state_dict()
-    known: dict[tuple[Any, ...], Tensor] = {}  # shared matrices are converted, and saved, once
+    known: dict[tuple[Any, ...], Tensor] = {}  # a shared matrix is converted once, and so saved once
     for name, w in state.items():
         if not isinstance(w, Tensor) or isinstance(w, DTensor) or w.ndim != 2 or w.layout != torch.strided:
             continue
@@ -120,26 +153,38 @@ def sparse_state_dict(model: nn.Module) -> dict[str, Any]:
 
 
 def load_sparse_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """`model.load_state_dict(state)`, for a `state` with sparse tensors, as `sparse_state_dict` gives it.
+    """`model.load_state_dict(state)`, for a state dict with sparse tensors.
+
+    Args:
+        model: the model.
+        state: the state dict, as from `sparse_state_dict`.
 
     Raises:
         RuntimeError: as `load_state_dict`: a name is missing or unexpected, or a shape differs.
+
+    Example:
+        >>> import torch
+        >>> from torch_regpen.export import load_sparse_state_dict
+        >>> model = torch.nn.Linear(2, 2, bias=False)
+        >>> load_sparse_state_dict(model, {"weight": torch.eye(2).to_sparse()})
+        >>> model.weight.tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
     """
     dense = OrderedDict(
         (name, w.to_dense() if isinstance(w, Tensor) and w.layout != torch.strided else w) for name, w in state.items()
     )
-    if hasattr(state, "_metadata"):  # the versions of the modules
+    if hasattr(state, "_metadata"):  # the versions of the modules, for those that convert older states
         dense._metadata = state._metadata  # type: ignore[attr-defined]
     model.load_state_dict(dense)
 
 
 def sparse_bytes(nonzeros: int, rows: int, itemsize: int) -> int:
-    """The size of a matrix in compressed sparse row format, with 32-bit positions."""
+    """The size in bytes of a matrix in compressed sparse row format with 32-bit positions."""
     return nonzeros * (itemsize + INDEX_BYTES) + (rows + 1) * INDEX_BYTES
 
 
 def _compressed(w: Tensor) -> Tensor:
-    with warnings.catch_warnings():  # that the format is in beta
+    with warnings.catch_warnings():  # torch warns that the format is in beta
         warnings.simplefilter("ignore")
         csr = w.to_sparse_csr()
         positions = csr.crow_indices().int(), csr.col_indices().int()

@@ -1,4 +1,4 @@
-"""What is zero in a saved state dict: a table, a row for each tensor."""
+"""`report`: a table of the exact zeros in a saved state dict, with a row for each tensor."""
 
 from __future__ import annotations
 
@@ -22,27 +22,46 @@ from .utils import format_table
 __all__ = ["load_tensors", "report"]
 
 HEADER = ("name", "shape", "elements", "zeros", "%", "near zeros", "norm", "zero rows", "zero columns", "sparse")
-NEAR = 1e-3  # of the root mean square of a tensor
+NEAR = 1e-3  # elements below this fraction of the root mean square of their tensor are near zero
 COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
-CHUNK = 1 << 20  # elements that are looked at at once
+CHUNK = 1 << 20  # elements that are converted to float64 at a time
 CONVERT = (
     "make a file of the checkpoint with: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE"
 )
 
 
 def report(file: str | Path) -> str:
-    """A row for each tensor of a saved state dict, and their total.
+    """A table with a row for each tensor of a saved state dict, and a row of totals.
 
-    Elements; exact zeros; elements that are not zero but less than a thousandth of the tensor's root mean square; the
-    norm; rows (dim 0) and columns (dim 1) that are all zero; and by how much a compressed sparse row format with 32-bit
-    positions would make it smaller, where it would. What cannot be counted, such as a tensor on the meta device, has
-    dashes. Files are mapped into memory, and may be larger than it. What a name has that is not printable is escaped.
+    The columns are
+
+    - elements; zeros, the number of exact zeros; %, their percentage;
+    - near zeros: the number of elements that are not zero, but smaller than a thousandth of the tensor's root mean
+      square;
+    - norm: the L2 norm;
+    - zero rows, zero columns: the number of slices along dim 0 and dim 1 that are all zero;
+    - sparse: the size of the dense tensor divided by its size in compressed sparse row format with 32-bit positions,
+      if that is smaller.
+
+    A tensor that cannot be counted, such as one on the meta device, has dashes. The file is mapped into memory, so that
+    it may be larger than the memory. Characters of a name that are not printable are escaped.
 
     Args:
-        file: written by `torch.save` or by safetensors; nothing in it is executed.
+        file: a file of `torch.save` or safetensors. Nothing in it is executed.
 
     Raises:
-        ValueError: it cannot be read, or holds no tensors; the message names it and says why, in one line.
+        ValueError: the file cannot be read, or has no tensors. The message is one line: the file, and why.
+
+    Example:
+        >>> import os, tempfile, torch
+        >>> from torch_regpen.report import report
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = os.path.join(folder, "model.pt")
+        ...     torch.save({"weight": torch.tensor([[0.0, 2.0], [0.0, 0.0]])}, file)
+        ...     print(report(file))
+        name    shape   elements  zeros  %      near zeros  norm  zero rows  zero columns  sparse
+        weight  (2, 2)  4         3      75.00  0           2     1/2        1/2           1.00x
+        total           4         3      75.00                                             1.00x
     """
     rows = [_row(printable(name), tensor) for name, tensor in load_tensors(file).items()]
     elements, zeros, dense, sparse = (sum(column) for column in zip(*(numbers for _, numbers in rows), strict=True))
@@ -51,12 +70,25 @@ def report(file: str | Path) -> str:
 
 
 def load_tensors(file: str | Path) -> dict[str, Tensor]:
-    """The tensors of a saved state dict by name; those of nested dicts, lists and tuples by dotted names.
+    """The tensors of a saved state dict, by name.
 
-    Where two have the same dotted name, `a.b` beside the `b` of an `a`, the later one is `a.b#2`.
+    A tensor in nested dicts, lists or tuples has a dotted name. If two tensors have the same name, such as "a.b" and
+    the "b" in "a", the second one is called "a.b#2".
+
+    Args:
+        file: a file of `torch.save` or safetensors. Nothing in it is executed.
 
     Raises:
         ValueError: as `report`.
+
+    Example:
+        >>> import os, tempfile, torch
+        >>> from torch_regpen.report import load_tensors
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = os.path.join(folder, "model.pt")
+        ...     torch.save({"step": 3, "state": [torch.ones(2)]}, file)
+        ...     list(load_tensors(file))
+        ['state.0']
     """
     path = Path(file)
     if path.is_dir():
@@ -66,7 +98,7 @@ def load_tensors(file: str | Path) -> dict[str, Tensor]:
         raise _unreadable(file, f"it is a part of a sharded checkpoint; {CONVERT}")
     tensors: dict[str, Tensor] = {}
     try:
-        with warnings.catch_warnings():  # what is wrong with a file is said once, in one line
+        with warnings.catch_warnings():  # the error below says in one line what is wrong
             warnings.simplefilter("ignore")
             saved = _load(path)
         for name, tensor in _tensors(saved):
@@ -80,7 +112,7 @@ def load_tensors(file: str | Path) -> dict[str, Tensor]:
         ) from None
     except ImportError as error:
         raise _unreadable(file, str(error)) from None
-    except Exception as error:  # whatever a file that is none of these makes a reader raise
+    except Exception as error:  # a broken file can make the readers raise anything
         why = (str(error).splitlines() or [""])[0].split(". ")[0]
         raise _unreadable(file, f"it cannot be read as a state dict ({type(error).__name__}: {why})") from None
     if not tensors:
@@ -96,7 +128,7 @@ def load_tensors(file: str | Path) -> dict[str, Tensor]:
 
 
 def printable(text: str) -> str:
-    """One line of `text`: what would end it, or reach the terminal as a command, is escaped."""
+    """`text` with line breaks, escape sequences and other unprintable characters escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -112,7 +144,7 @@ def _load(path: Path) -> Any:
             raise ImportError("reading it needs safetensors: pip install safetensors") from None
         return load_file(path)
     with path.open("rb") as head:
-        zipped = head.read(2) == b"PK"  # the older format cannot be mapped into memory
+        zipped = head.read(2) == b"PK"  # torch maps only its zip format into memory
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
 
 
@@ -132,7 +164,7 @@ def _row(name: str, tensor: Tensor) -> tuple[tuple[str, ...], tuple[int, int, in
     try:
         shape, elements = str(tuple(tensor.shape)), tensor.numel()
         (nonzeros, near, norm), dead = _counts(tensor)
-    except RuntimeError:  # of types that torch has no arithmetic for: nested, on no device, some of 4 bits
+    except RuntimeError:  # torch cannot compute with it: nested tensors, the meta device, some 4-bit types
         return (name, shape, f"{elements}", *["-"] * (len(HEADER) - 3)), (0, 0, 0, 0)
     zeros, itemsize = elements - nonzeros, 4 if tensor.is_quantized else tensor.element_size()
     dense = elements * itemsize
@@ -142,9 +174,9 @@ def _row(name: str, tensor: Tensor) -> tuple[tuple[str, ...], tuple[int, int, in
 
 
 def _counts(tensor: Tensor) -> tuple[tuple[int, int, float], list[str]]:
-    """`_sizes` of a tensor, and how many of its slices along dim 0 and dim 1 are zero.
+    """`_sizes` of a tensor, and the numbers of its zero slices along dim 0 and dim 1.
 
-    It goes through what is stored only: a small file may hold a tensor of any size.
+    Only stored elements are read: a small file may contain a sparse or expanded tensor of any size.
     """
     shape, elements = tensor.shape, tensor.numel()
     if tensor.layout == torch.sparse_coo or (tensor.layout in COMPRESSED and tensor.ndim == 2):
@@ -168,7 +200,7 @@ def _counts(tensor: Tensor) -> tuple[tuple[int, int, float], list[str]]:
 
 
 def _sizes(w: Tensor, elements: int) -> tuple[int, int, float]:
-    """How many of `w` are not zero, how many of those are near it, and the norm; of `elements` the others are zero."""
+    """The number of nonzeros, the number of those near zero, and the norm. `elements` includes zeros not in `w`."""
     nonzeros, squares = 0, 0.0
     for x in _chunks(w):
         nonzeros, squares = nonzeros + int((x != 0).sum()), squares + float(x.dot(x))
@@ -179,7 +211,7 @@ def _sizes(w: Tensor, elements: int) -> tuple[int, int, float]:
 
 
 def _chunks(w: Tensor) -> Iterator[Tensor]:
-    """The moduli of the elements, in float64, part by part: a file may be larger than memory."""
+    """The absolute values in float64, in chunks, since a file may be larger than the memory."""
     flat = w.detach().reshape(-1)
     for start in range(0, flat.numel(), CHUNK):
         x = flat[start : start + CHUNK]

@@ -1,4 +1,4 @@
-"""Packages that not everybody has installed, imported where they are used."""
+"""Helpers for all modules: optional packages, warnings, progress bars and tables."""
 
 from __future__ import annotations
 
@@ -6,29 +6,56 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TypeVar
 
-__all__ = ["with_progress_bar"]
+__all__ = ["format_table", "require", "warn", "with_progress_bar"]
+
+Item = TypeVar("Item")
 
 
 @contextmanager
 def require(why: str, extra: str) -> Iterator[None]:
-    """Around an import: where it fails, the error says what for, and which extra brings the package."""
+    """Wrap the import of an optional package.
+
+    Args:
+        why: what the package is needed for.
+        extra: the extra of torch_regpen that installs it.
+
+    Raises:
+        ImportError: the import failed. The message has `why` and the command that installs the package.
+
+    Example:
+        >>> from torch_regpen.utils import require
+        >>> with require("reading needs nothing", "examples"):
+        ...     import nothing_of_that_name
+        Traceback (most recent call last):
+        ImportError: reading needs nothing: pip install "torch_regpen[examples]"
+    """
     try:
         yield
     except ImportError as error:
         raise ImportError(f'{why}: pip install "torch_regpen[{extra}]"') from error
 
 
-def with_progress_bar(jobs: list[Any], name: str) -> Iterable[Any]:
-    """The jobs, with a bar that shows how many are done."""
+def with_progress_bar(items: Iterable[Item], name: str, total: int, done: int = 0) -> Iterator[Item]:
+    """Iterate over the items, and show a progress bar with the time left.
+
+    Args:
+        items: the items.
+        name: the label of the bar.
+        total: the number of items, including those done before.
+        done: the number of items done before, in an earlier run.
+
+    Raises:
+        ImportError: tqdm is missing.
+    """
     with require("progress=True needs tqdm", "examples"):
         from tqdm import tqdm
-    return tqdm(jobs, desc=name)  # type: ignore[no-any-return]
+    return iter(tqdm(items, desc=name, total=total, initial=done))
 
 
 def warn(message: str) -> None:
-    """Warn (`UserWarning`) at the innermost line outside this package."""
+    """Issue a `UserWarning` that points to the innermost line outside this package: the line of the user."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == __package__:
         level, frame = level + 1, frame.f_back
@@ -36,7 +63,14 @@ def warn(message: str) -> None:
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as lines of text, the columns below each other."""
+    """Format rows of cells as lines of text with aligned columns.
+
+    Example:
+        >>> from torch_regpen.utils import format_table
+        >>> print(format_table([["name", "zeros"], ["weight", "3"]]))
+        name    zeros
+        weight  3
+    """
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(line.rstrip() for line in lines)

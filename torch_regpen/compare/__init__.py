@@ -1,16 +1,20 @@
-"""Penalties and weight_decay side by side on a model of yours: `torch_regpen.compare(...)`.
+"""Train a model with several penalties, and compare them with `weight_decay`: `torch_regpen.compare(...)`.
 
-The name `torch_regpen.compare` is this module and the function `compare` in it: the module can be called.
+The name `torch_regpen.compare` is both this module and its function `compare`: the module can be called.
 """
 
 import sys
+from inspect import signature
 from types import ModuleType
 from typing import Any
 
-from .results import Comparison, Difference, Trial
+from .results import Comparison
 from .run import compare
+from .trials import Difference, Failure, Trial
 
-__all__ = ["Comparison", "Difference", "Trial", "compare"]
+__all__ = ["Comparison", "Difference", "Failure", "Trial", "compare"]
+
+__signature__ = signature(compare)  # what help() and editors show for the module
 
 
 class _CallableModule(ModuleType):

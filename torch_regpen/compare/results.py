@@ -1,141 +1,156 @@
-"""What came of comparing penalties: the trials, a table, a file and a picture of them."""
+"""`Comparison`: the trainings of all methods, as a table, as a file and as a picture."""
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path as File
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..inspect.parameters import find_parameters
 from ..utils import format_table, require
+from .plot import draw
+from .trials import Difference, Failure, Trial, mean_and_deviation
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+__all__ = ["Comparison"]
 
-__all__ = ["Comparison", "Difference", "Scores", "Trial", "weights_of"]
-
-Scores = dict[str, float]
 CONFIDENCE = 0.95
-
-
-class Trial(NamedTuple):
-    """What came of one training.
-
-    Attributes:
-        method: its name.
-        lam: lambda; of weight_decay half the weight_decay.
-        seed: the seed of the initial weights and of the batches.
-        scores: what `score` returned.
-        zeros: the fraction of exact zeros in the weights that a penalty selects by default.
-        dead: the number of units, of those that `dead_units` asks of the method's penalty, that are zero throughout.
-        steps: how many steps the optimizer made.
-        seconds: how long `fit` took.
-    """
-
-    method: str
-    lam: float
-    seed: int
-    scores: Scores
-    zeros: float
-    dead: int
-    steps: int
-    seconds: float
-
-
-class Difference(NamedTuple):
-    """The mean of paired differences, and the interval in which it lies with 95% confidence (Student 1908)."""
-
-    mean: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came of all trainings.
+    """The results of `compare`. `print` shows them as a table, a notebook too.
 
     Attributes:
-        trials: one for each method, lambda and seed.
-        chosen: for each method the largest lambda whose validation score is within one standard error of the best.
-        models: for each method the net that was trained with that lambda and the first seed.
+        trials: the finished trainings: one for each method, lambda and seed.
+        chosen: for each method the largest lambda whose mean validation score is within one standard error of the best
+            one. Where trainings failed, only the lambdas with the fewest failures count.
+        models: for each method the model trained with the chosen lambda and the first seed.
+        failures: the trainings that raised an exception.
+
+    Example:
+        >>> from torch_regpen.compare import Comparison, Trial
+        >>> tests = {"plain": [90.0, 92.0], "weight_decay": [91.0, 94.0]}
+        >>> trials = [Trial(m, 0.0, i, {"test": x}, 0, 0, 1, 0.1) for m, xs in tests.items() for i, x in enumerate(xs)]
+        >>> Comparison(trials, {"plain": 0.0, "weight_decay": 0.0}, {}).difference("plain").mean
+        -1.5
     """
 
     trials: list[Trial]
     chosen: dict[str, float]
     models: dict[str, nn.Module]
+    failures: list[Failure] = field(default_factory=list)
 
     def at(self, method: str, lam: float | None = None) -> list[Trial]:
-        """The trials of a method, one for each seed, at a lambda; without one, at that which was chosen."""
+        """The finished trainings of a method at one lambda, one for each seed.
+
+        Args:
+            method: its name.
+            lam: lambda; None is the chosen one.
+
+        Raises:
+            KeyError: without `lam`, a method that is unknown, or whose trainings all failed.
+        """
         lam = self.chosen[method] if lam is None else lam
         return [trial for trial in self.trials if (trial.method, trial.lam) == (method, lam)]
 
     def lams(self, method: str) -> list[float]:
-        """The lambdas that a method tried."""
+        """The lambdas of a method's finished trainings, ascending."""
         return sorted({trial.lam for trial in self.trials if trial.method == method})
 
     def difference(self, method: str, baseline: str = "weight_decay") -> Difference:
-        """The test score of a method minus that of another, paired by seed, each at the lambda that it chose.
+        """`mean(a_i - b_i)`, with `a_i` and `b_i` the test scores of the method and of the baseline with seed i.
 
-        The interval holds for the seeds' draws of initial weights, batches and, if they differ by seed, data. One that
-        holds 0 means that these seeds do not show a difference. With many methods, some intervals miss 0 by chance.
+        Each is taken at its chosen lambda, over the seeds that both finished. The 95% interval is that of the paired
+        t-test: it is about the draws of initial weights, batches and, if they differ by seed, data. Where it contains
+        0, these seeds show no difference. Among many methods, some intervals miss 0 by chance.
+
+        Args:
+            method: its name.
+            baseline: the name of the other one.
+
+        Returns:
+            The mean and the interval, which is NaN for a single seed.
 
         Raises:
             ImportError: SciPy is missing.
+            KeyError: a method that is unknown, or whose trainings all failed.
         """
         with require("intervals need SciPy", "examples"):
             from scipy.stats import t
         differences = self._differences(method, baseline)
-        mean, n = differences.mean().item(), len(differences)
-        half = t.ppf((1 + CONFIDENCE) / 2, n - 1) * differences.std().item() / math.sqrt(n)
+        mean, deviation = mean_and_deviation(differences)
+        n = len(differences)
+        half = t.ppf((1 + CONFIDENCE) / 2, n - 1) * deviation / math.sqrt(n) if n > 1 else math.nan
         return Difference(mean, mean - half, mean + half)
 
-    def _differences(self, method: str, baseline: str = "weight_decay") -> Tensor:
-        pairs = zip(self.at(method), self.at(baseline), strict=True)
-        return torch.tensor([a.scores["test"] - b.scores["test"] for a, b in pairs], dtype=torch.float64)
+    def _differences(self, method: str, baseline: str = "weight_decay") -> list[float]:
+        others = {trial.seed: trial.scores["test"] for trial in self.at(baseline)}
+        return [trial.scores["test"] - others[trial.seed] for trial in self.at(method) if trial.seed in others]
 
-    def _versus(self, method: str) -> str:
+    def _versus_weight_decay(self, method: str) -> str:
+        if method == "weight_decay" or "weight_decay" not in self.chosen:
+            return ""
         try:
             mean, low, high = self.difference(method)
         except ImportError:
-            return f"{self._differences(method).mean().item():+.2g} [no SciPy]"
+            return f"{mean_and_deviation(self._differences(method))[0]:+.2g} [no SciPy]"
         return f"{mean:+.2g} [{low:+.2g}, {high:+.2g}]"
 
-    def __str__(self) -> str:
-        """A row for each method at the lambda that it chose: means over the seeds, and standard deviations.
-
-        In brackets is the interval of `difference`, which takes SciPy.
-        """
+    def _table(self) -> list[list[str]]:
+        """The header, and the cells of each method."""
         names = [name for name in self.trials[0].scores if name != "validation"]
+        failed = Counter(failure.method for failure in self.failures)
         rows = [["", "lambda", *names, "test - weight_decay", "zeros %", "dead", "ms/step"]]
         for method, lam in self.chosen.items():
             trials = self.at(method)
-            means, deviations = zip(*(_spread(trial.scores[name] for trial in trials) for name in names), strict=True)
-            cells = [f"{mean:#.4g} ± {deviation:.2g}" for mean, deviation in zip(means, deviations, strict=True)]
-            versus = "" if method == "weight_decay" else self._versus(method)
+            spreads = [mean_and_deviation(trial.scores[name] for trial in trials) for name in names]
+            scores = [f"{mean:#.4g} ± {deviation:.2g}" for mean, deviation in spreads]
             zeros, dead = 100 * fmean(trial.zeros for trial in trials), fmean(trial.dead for trial in trials)
             ms = median(1000 * trial.seconds / max(trial.steps, 1) for trial in self.trials if trial.method == method)
-            rows.append([method, f"{lam:g}", *cells, versus, f"{zeros:.2f}", f"{dead:.1f}", f"{ms:.3f}"])
-        return format_table(rows)
+            cells = [f"{zeros:.2f}", f"{dead:.1f}", f"{ms:.3f}"]
+            rows.append([method, f"{lam:g}", *scores, self._versus_weight_decay(method), *cells])
+        rows += [[method, *[""] * (len(rows[0]) - 1)] for method in failed if method not in self.chosen]
+        if failed:
+            rows = [[*row, f"{failed[row[0]]}" if i else "failed"] for i, row in enumerate(rows)]
+        return rows
+
+    def __str__(self) -> str:
+        """A row for each method at its chosen lambda: means and standard deviations over the seeds.
+
+        In brackets is the interval of `difference`. Where trainings failed, the last column has their number.
+        """
+        return format_table(self._table())
+
+    def _repr_html_(self) -> str:
+        """The table, for a notebook."""
+        header, *rows = [[escape(cell) for cell in row] for row in self._table()]
+        lines = [f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows]
+        head = "".join(f"<th>{cell}</th>" for cell in header)
+        return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{chr(10).join(lines)}\n</tbody>\n</table>"
 
     def to_csv(self, file: str | File) -> None:
-        """Write a row for each trial, all lambdas and seeds."""
+        """Write a row for each training, of all lambdas and seeds; of one that failed, the error.
+
+        Args:
+            file: where to write it.
+        """
         names = list(self.trials[0].scores)
         with open(file, "w", newline="", encoding="utf-8") as stream:
             rows = csv.writer(stream)
-            rows.writerow(["method", "lam", "seed", *names, "zeros", "dead", "steps", "seconds"])
+            rows.writerow(["method", "lam", "seed", *names, "zeros", "dead", "steps", "seconds", "error"])
             for trial in self.trials:
                 scores = [trial.scores[name] for name in names]
-                rows.writerow([*trial[:3], *scores, trial.zeros, trial.dead, trial.steps, f"{trial.seconds:.4f}"])
+                rows.writerow([*trial.job, *scores, trial.zeros, trial.dead, trial.steps, f"{trial.seconds:.4f}", ""])
+            for failure in self.failures:
+                rows.writerow([failure.method, failure.lam, failure.seed, *[""] * (len(names) + 4), failure.error])
 
     def plot(self, file: str | File) -> None:
-        """Draw, above, test score against exact zeros; below, the sizes of the weights that each method ends with.
+        """Draw test score against exact zeros, over all lambdas, and a histogram of each model's weights.
 
         Args:
             file: where to write it; the ending says the format.
@@ -143,83 +158,5 @@ class Comparison:
         Raises:
             ImportError: matplotlib is missing.
         """
-        with require("Comparison.plot needs matplotlib", "examples"):
-            from matplotlib import colormaps
-            from matplotlib.figure import Figure
-        palette = colormaps["tab20"].colors  # type: ignore[attr-defined]
-        colors = {method: palette[i % 20] for i, method in enumerate(self.chosen)} | {"plain": (0.0, 0.0, 0.0)}
-        columns = min(len(self.chosen), 6)
-        lines = -(-len(self.chosen) // columns)
-        figure = Figure(figsize=(11, 5 + 1.5 * lines), layout="constrained")
-        above, below = figure.subfigures(2, 1, height_ratios=[5, 1.5 * lines], squeeze=False)[:, 0]
-
-        sparse = [m for m in self.chosen if fmean(trial.zeros for trial in self.at(m)) >= 0.01]
-        dense = [m for m in self.chosen if m not in sparse]
-        left, right = above.subplots(1, 2, sharey=True, width_ratios=[1, 1 + len(sparse) / len(self.chosen)])
-        for column, method in enumerate(dense):
-            mean, deviation = _spread(trial.scores["test"] for trial in self.at(method))
-            left.errorbar(column, mean, deviation, color=colors[method], fmt="o", markersize=8, capsize=3)
-        for method in sparse:
-            self._plot_path(right, method, colors[method])
-        plain = fmean(trial.scores["test"] for trial in self.at("plain"))
-        plain = plain if math.isfinite(plain) else math.nan  # which is not drawn
-        for axes in (left, right):
-            axes.axhline(
-                plain if math.isfinite(plain) else math.nan,
-                color="black",
-                linestyle=":",
-                linewidth=1,
-                zorder=0,
-                label="mean of plain",
-            )
-            axes.spines[["top", "right"]].set_visible(False)
-        chosen = [_spread(trial.scores["test"] for trial in self.at(method)) for method in self.chosen]
-        ends = [mean + side for mean, sd in chosen if math.isfinite(mean) for side in (-sd, sd)]
-        low, high = min(ends, default=0.0), max(ends, default=0.0)
-        if low < high:
-            left.set_ylim(low - (high - low) / 2, high + (high - low) / 10)
-        left.set_xticks(range(len(dense)), dense, rotation=35, ha="right", rotation_mode="anchor")
-        left.set(title="under 1% exact zeros", ylabel="test score (mean ± deviation)")
-        right.set(title="a dot for each lambda, the chosen one large", xlabel="exact zeros, %", xlim=(-3, 103))
-        right.legend(loc="lower left", frameon=False, fontsize="small")
-
-        panels = below.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
-        for axes, (method, model) in zip(panels, self.models.items(), strict=False):
-            _plot_sizes(axes, weights_of(model).cpu(), colors[method])
-            axes.set_title(method, fontsize="small")
-        for axes in panels[len(self.models) :]:
-            axes.set_axis_off()
-        below.supxlabel("size of the weight, |w|; in black, the weights that are exactly 0 (log scales)", fontsize=10)
-        figure.savefig(file, dpi=100)
-
-    def _plot_path(self, axes: Axes, method: str, color: Any) -> None:
-        """A method's test score against its zeros, over all lambdas, the chosen one with its deviation."""
-        zeros = [100 * fmean(trial.zeros for trial in self.at(method, lam)) for lam in self.lams(method)]
-        tests = [_spread(trial.scores["test"] for trial in self.at(method, lam)) for lam in self.lams(method)]
-        axes.plot(zeros, [mean for mean, _ in tests], ".-", color=color, linewidth=1, alpha=0.6, zorder=0)
-        i = self.lams(method).index(self.chosen[method])
-        axes.errorbar(zeros[i], *tests[i], color=color, fmt="o", markersize=8, capsize=3, label=method)
-
-
-def weights_of(model: nn.Module) -> Tensor:
-    """The elements of all weights that a penalty selects by default."""
-    return torch.cat([place.tensor.detach().flatten() for place in find_parameters(model, default="weights")])
-
-
-def _spread(numbers: Iterable[float]) -> tuple[float, float]:
-    """Mean and standard deviation."""
-    x = torch.tensor(list(numbers), dtype=torch.float64)
-    return x.mean().item(), x.std().item()
-
-
-def _plot_sizes(axes: Axes, w: Tensor, color: Any) -> None:
-    """How many weights there are of each size and, in a bar of its own, how many are exactly zero."""
-    sizes = w[(w != 0) & w.isfinite()].abs().clamp(min=1e-7).log10()
-    zeros = int((w == 0).sum())
-    axes.hist(sizes.tolist(), bins=64, range=(-7, 1), color=color)
-    axes.bar(-8.5, zeros, width=1, color="black")
-    axes.text(-9, 1.3 * max(zeros, 1), f"{zeros / len(w):.0%}", fontsize="small")
-    axes.set_yscale("log")
-    axes.set_ylim(0.7, 5 * len(w))
-    axes.set_xticks([-8.5, -6, -3, 0], ["0", "$10^{-6}$", "$10^{-3}$", "1"])
-    axes.spines[["top", "right"]].set_visible(False)
+        trials = {method: {lam: self.at(method, lam) for lam in self.lams(method)} for method in self.chosen}
+        draw(file, self.chosen, trials, self.models)

@@ -1,260 +1,218 @@
-"""compare: penalties and weight_decay side by side on a model of yours, over lambdas and seeds."""
+"""`compare`: trains a model with several penalties, lambdas and seeds, and with torch's weight_decay."""
 
 from __future__ import annotations
 
 import math
 import random
-import re
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path as File
-from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..export import dead_units
-from ..optim.modes import MODES
-from ..optim.wrapper import RegularizedOptimizer
 from ..path import Path
-from ..penalties.activity import ActivityPenalty
 from ..penalties.base import Penalty
-from ..penalties.convex import L2
-from ..penalties.param_groups import checked_lam
 from ..tensorboard import WeightLogger
-from ..utils import require, with_progress_bar
-from .results import Comparison, Scores, Trial, weights_of
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from ..utils import warn, with_progress_bar
+from .board import Board, write_summary
+from .methods import Lams, MethodLike, checked_lams, checked_methods, checked_seeds
+from .results import Comparison
+from .resume import FinishedTrainings
+from .training import Experiment, Fit, Score, attempt, attempts
+from .trials import Failure, Job, Trial
 
 __all__ = ["compare"]
 
-Method = tuple[Callable[[nn.Module, float], Penalty], str]
-
-WAYS = ("loss", *MODES)
+SHOWN = 5  # failures in a message
 
 
 def compare(
-    methods: Mapping[str, Method],
-    lams: Iterable[float],
+    methods: Mapping[str, MethodLike],
+    lams: Lams,
     *,
     data: Callable[[int], Any],
     make_model: Callable[[Any], nn.Module],
     make_optimizer: Callable[[Any], torch.optim.Optimizer],
-    fit: Callable[[nn.Module, torch.optim.Optimizer, Callable[[], Tensor | float], Any], object],
-    score: Callable[[nn.Module, Any], Scores],
+    fit: Fit,
+    score: Score,
     seeds: Iterable[int] = range(5),
+    resume: str | File | None = None,
+    n_jobs: int = 1,
     logdir: str | File | None = None,
     log_every: int = 100,
     progress: bool = False,
 ) -> Comparison:
-    """Train every method with every lambda and every seed, beside no penalty (plain) and torch.optim's weight_decay.
+    """Train a model with each method, lambda and seed, without a penalty ("plain"), and with torch's "weight_decay".
 
-    Each gets the same initial weights and, as far as `fit` draws from torch's generator, the same batches: torch is
-    seeded before the model is made and again before it is fitted. weight_decay is `2*lam`, on the parameters that
-    `L2(model, lam)` selects. lambda is chosen on the validation scores, by the one-standard-error rule with the seeds
-    as folds. The net of the first seed is then trained once more with it, for `Comparison.models` and TensorBoard.
+    All methods get the same initial weights and, if `fit` draws from torch's generator, the same batches: torch is
+    seeded before `make_model` and `fit`. weight_decay is `2*lam` on the parameters of `L2(model, lam)`. Lambda is the
+    largest whose validation score is within one standard error, over the seeds, of the best (Breiman et al. 1984). A
+    training that raises is counted in the table; the others go on.
 
     Args:
-        methods: a name, and what it stands for: `(penalty, how)`. `penalty(model, lam)` makes it, as `L1` does, or
-            `partial(MCP, knee=0.2)`; `how` is `"loss"` or a mode of `RegularizedOptimizer`.
-        lams: the lambdas that each method tries.
-        data: `data(seed)` returns what the next three get, of any type.
-        make_model: `make_model(data)`.
-        make_optimizer: `make_optimizer(params)`, params as torch.optim takes them: `lambda ps: SGD(ps, lr=0.1)`.
-        fit: `fit(model, optimizer, penalty, data)` trains; `penalty()` is added to its loss, and is 0.0 where the
-            penalty is not in the loss.
-        score: `score(model, data)` returns numbers by name, higher is better; lambda is chosen by "validation", "test"
-            is reported, and so are all others. It is tried on an untrained model first.
-        seeds: two or more.
-        logdir: a folder for TensorBoard: in `chosen`, for each method, weights and scores over time at the lambda that
-            it chose; in `lambdas` an entry in the HPARAMS table for each method and lambda, with the means over seeds.
-        log_every: steps of the optimizer from one histogram to the next.
-        progress: show a progress bar (tqdm).
+        methods: names to `(penalty, how)` or `(penalty, how, options)`: `penalty(model, lam)` makes the penalty, as
+            `L1` or `partial(MCP, knee=0.2)`; `how` is "loss" or a mode of `RegularizedOptimizer`; `options` are keyword
+            arguments of it, as `{"metric": "euclidean"}`.
+        lams: lambdas for all, or a dict of lambdas by method, in which "weight_decay", if left out, gets them all.
+        data: `data(seed)` returns what the next functions receive.
+        make_model: `make_model(data)` returns the model.
+        make_optimizer: `make_optimizer(params)` returns the optimizer.
+        fit: `fit(model, optimizer, penalty, data)` trains. It adds `penalty()` to its loss: 0.0 unless `how` is "loss".
+        score: `score(model, data)` returns a dict of numbers, higher is better, with "validation" and "test".
+        seeds: two or more ints.
+        resume: a file that collects finished trainings; those that are in it are not run again.
+        n_jobs: the number of processes, with as many threads each as this one. Above 1 the functions must be importable
+            from files (no lambdas), and scripts need `if __name__ == "__main__":`.
+        logdir: a folder for TensorBoard: each method's weights and scores while it trains at the chosen lambda, its
+            mean scores by lambda, its row in HPARAMS.
+        log_every: optimizer steps between two entries on TensorBoard.
+        progress: show a progress bar with the time left (tqdm).
 
     Raises:
-        TypeError: methods that are no dict of name to `(penalty, how)`, a `penalty` that was made for one model, a
-            `score` that returns no numbers by name.
-        ValueError: a name that is taken (plain, weight_decay), an unknown way, a lambda that is negative or not finite,
-            none at all, or fewer than two seeds; a score without "validation" or "test"; what penalty and optimizer
-            themselves refuse. All before training.
-        RuntimeError: a training or its score raises; it says which.
-        ImportError: what `logdir` or `progress` need is missing.
+        TypeError, ValueError: before training: an argument is not as above, a mode cannot apply a penalty, or `resume`
+            has other settings.
+        RuntimeError: all trainings failed, or a process died.
+        ImportError: a package for `logdir` or `progress` is missing.
+
+    Example:
+        >>> import torch
+        >>> from torch_regpen import L1
+        >>> from torch_regpen.compare import compare
+        >>> def fit(model, optimizer, penalty, data):
+        ...     for _ in range(20):
+        ...         optimizer.zero_grad()
+        ...         ((model(data[0]) - data[1]).square().mean() + penalty()).backward()
+        ...         optimizer.step()
+        >>> def score(model, data):
+        ...     return dict.fromkeys(["validation", "test"], -(model(data[0]) - data[1]).square().mean())
+        >>> comparison = compare(
+        ...     {"L1": (L1, "proximal")}, [0.01, 0.1, 1.0], data=lambda seed: (torch.eye(3), torch.eye(3)[:, :1]),
+        ...     make_model=lambda data: torch.nn.Linear(3, 1), fit=fit, score=score, seeds=[0, 1, 2],
+        ...     make_optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+        >>> list(comparison.chosen)
+        ['plain', 'weight_decay', 'L1']
     """
-    ways: dict[str, Method] = {"plain": (L2, "plain"), "weight_decay": (L2, "weight_decay")} | _checked(methods)
-    grid, seeds = sorted({checked_lam(lam) for lam in lams}), list(seeds)
+    experiment = Experiment(checked_methods(methods), data, make_model, make_optimizer, fit, score)
+    grids, seeds = checked_lams(lams, experiment.methods), checked_seeds(seeds)
+    grid = grids["weight_decay"]
     if not grid or len(seeds) < 2:
         raise ValueError(f"given {len(grid)} lambdas and {len(seeds)} seeds; a spread needs a lambda and two seeds")
-    tried = {name: [0.0] if name == "plain" else grid for name in ways}
-    open_writer = None if logdir is None else _writers(File(logdir))
-    datasets = {seed: data(seed) for seed in seeds}
+    if not isinstance(n_jobs, int) or n_jobs < 1:
+        raise ValueError(f"n_jobs={n_jobs!r}; allowed is a number of processes, 1 or more")
+    _warn_without_scipy()
+    board = None if logdir is None else Board(File(logdir), experiment.methods)
+    for seed in seeds:
+        experiment.dataset(seed)
+    for name, lams_of_method in grids.items():
+        _try_out(experiment, name, lams_of_method[-1], seeds[0])
+    jobs = [(name, lam, seed) for name in grids for lam in grids[name] for seed in seeds]
+    finished = None if resume is None else FinishedTrainings(File(resume), experiment, seeds)
+    done, failures = _train(experiment, jobs, finished, n_jobs, progress)
+    chosen = _chosen(grids, seeds, done)
 
-    def set_up(name: str, lam: float, seed: int) -> tuple[nn.Module, Penalty, torch.optim.Optimizer, bool]:
-        make_penalty, how = ways[name]
-        torch.manual_seed(seed)
-        model = make_model(datasets[seed])
-        penalty = make_penalty(model, lam)
-        if not isinstance(penalty, Penalty | ActivityPenalty):
-            raise TypeError(f"{name!r} is to make a penalty, and made a {type(penalty).__name__}")
-        return model, penalty, _optimizer(make_optimizer, model, penalty, how, lam), how == "loss"
-
-    def train(name: str, lam: float, seed: int, writer: SummaryWriter | None = None) -> tuple[nn.Module, Trial]:
-        model, penalty, optimizer, in_loss = set_up(name, lam, seed)
-        evaluate = partial(_scores, score, model, datasets[seed])
-        held = penalty if isinstance(penalty, Penalty) else model
-        logger = None if writer is None else WeightLogger(writer, held, every=log_every)
-        steps = _Steps(optimizer, logger, evaluate)
-        torch.manual_seed(seed)
-        with _saying(f"{name!r} at lambda {lam:g}, seed {seed}"):
-            start = time.perf_counter()
-            fit(model, optimizer, penalty if in_loss else lambda: 0.0, datasets[seed])
-            next(model.parameters()).flatten()[:1].tolist()  # waits for the device
-            seconds = time.perf_counter() - start
-            scores = evaluate()
-        zeros = (weights_of(model) == 0).double().mean().item()
-        dead = sum(len(units) for units in dead_units(held).values())
-        return model, Trial(name, lam, seed, scores, zeros, dead, steps.count, seconds)
-
-    for name in ways:  # what is wrong shows now, not after an hour
-        model, penalty, _, in_loss = set_up(name, tried[name][-1], seeds[0])
-        if name == "plain":
-            _scores(score, model, datasets[seeds[0]])
-        if in_loss and isinstance(penalty, Penalty) and (value := penalty()).requires_grad:
-            value.backward()
-    jobs = [(name, lam, seed) for name in ways for lam in tried[name] for seed in seeds]
-    order = random.Random(0).sample(jobs, len(jobs))  # a machine that is busy for a while slows all methods alike
-    done = {job: train(*job)[1] for job in (with_progress_bar(order, "comparing") if progress else order)}
-    names = dict.fromkeys(name for trial in done.values() for name in trial.scores)  # a score may leave some out
-    done = {j: t._replace(scores={name: t.scores.get(name, math.nan) for name in names}) for j, t in done.items()}
-    chosen = {}
-    for name in ways:
-        scores = [[done[name, lam, seed].scores["validation"] for seed in seeds] for lam in tried[name]]
-        path = Path(tried[name], scores=torch.tensor(scores, dtype=torch.float64))
-        try:
-            chosen[name] = path.best_1se
-        except ValueError:  # all NaN
-            warnings.warn(f"{name!r} has a validation score of NaN at each lambda: the smallest is shown", stacklevel=2)
-            chosen[name] = tried[name][0]
-    comparison = Comparison([done[job] for job in jobs], chosen, {})
-    folders = _folders(ways)
-    for name, lam in chosen.items():
-        if open_writer is None:
-            comparison.models[name] = train(name, lam, seeds[0])[0]
-            continue
-        with open_writer("chosen", folders[name], purge_step=0) as writer:  # hides what an earlier call left there
-            comparison.models[name] = train(name, lam, seeds[0], writer)[0]
-        for other in tried[name]:
-            with open_writer("lambdas", f"{folders[name]}_{other:.12g}") as writer:
-                _write_hparams(writer, comparison.at(name, other))
+    comparison = Comparison([done[job] for job in jobs if job in done], chosen, {}, failures)
+    last: Iterable[tuple[str, float]] = list(chosen.items())
+    for name, lam in with_progress_bar(last, "training the models", len(chosen)) if progress else last:
+        result = _train_model(experiment, (name, lam, seeds[0]), comparison, board, log_every)
+        if isinstance(result, Failure):
+            failures.append(result)
+        else:
+            comparison.models[name] = result
+    _warn_of_failures(failures, chosen, grids)
     return comparison
 
 
-def _checked(methods: Mapping[str, Method]) -> dict[str, Method]:
-    """The methods, if they are any."""
-    if not isinstance(methods, Mapping):
-        raise TypeError(f"methods must be a dict of name to (penalty, how), not a {type(methods).__name__}")
-    for name, method in methods.items():
-        if name in ("plain", "weight_decay"):
-            raise ValueError(f"{name!r} is always compared with; give the method another name")
-        if not isinstance(name, str) or not isinstance(method, tuple | list) or len(method) != 2:
-            raise TypeError(
-                f"a method is a name and (penalty, how), as in 'sparse': (L1, 'proximal'); not {name!r}: {method!r}"
-            )
-        make, how = method
-        if how not in WAYS:
-            raise ValueError(f"{name!r} is to be applied by {how!r}; allowed are {', '.join(map(repr, WAYS))}")
-        if isinstance(make, nn.Module) or not callable(make):
-            raise TypeError(
-                f"{name!r} has a {type(make).__name__} where something that makes a penalty of each model and lambda "
-                "is to be: a class, as L1, partial(MCP, knee=0.2), or lambda model, lam: ..."
-            )
-    return dict(methods)
-
-
-def _folders(names: Iterable[str]) -> dict[str, str]:
-    """A folder for each name that any file system takes, no two the same."""
-    found: dict[str, str] = {}
-    for name in names:
-        plain = re.sub(r"[^\w.+=,-]", "_", name).strip(".").encode()[:100].decode(errors="ignore") or "_"
-        others, folder, i = {other.casefold() for other in found.values()}, plain, 1
-        while folder.casefold() in others:
-            folder, i = f"{plain}_{i + 1}", i + 1
-        found[name] = folder
-    return found
-
-
-@contextmanager
-def _saying(what: str) -> Iterator[None]:
-    """Lets an error say in which training it was raised."""
+def _warn_without_scipy() -> None:
     try:
-        yield
-    except Exception as error:
-        raise RuntimeError(f"the training of {what}, raised {type(error).__name__}: {error}") from error
+        import scipy.stats  # noqa: F401
+    except ImportError:
+        warn('without SciPy the table will have no intervals: pip install "torch_regpen[examples]"')
 
 
-def _optimizer(
-    make: Callable[[Any], torch.optim.Optimizer], model: nn.Module, penalty: Penalty, how: str, lam: float
-) -> torch.optim.Optimizer:
-    """The optimizer, with the method's way to shrink weights."""
-    if how == "weight_decay":
-        decayed = [p for _, p in penalty.named_parameters_penalized()]
-        others = [p for p in model.parameters() if all(p is not q for q in decayed)]
-        return make([{"params": decayed, "weight_decay": 2 * lam}, {"params": others, "weight_decay": 0.0}])
-    optimizer = make(model.parameters())
-    return RegularizedOptimizer(optimizer, penalty, how) if how in MODES else optimizer
+def _try_out(experiment: Experiment, name: str, lam: float, seed: int) -> None:
+    """Raise what a method's penalty, its optimizer and `score` raise, before any training."""
+    start = experiment.prepare(name, lam, seed)
+    if name == "plain":
+        experiment.evaluate(start.model, experiment.dataset(seed))
+    if start.in_loss and isinstance(start.penalty, Penalty) and (value := start.penalty()).requires_grad:
+        value.backward()
 
 
-class _Steps:
-    """Counts the steps of an optimizer and, with a logger, shows on TensorBoard what becomes of weights and scores."""
+def _train(
+    experiment: Experiment, jobs: list[Job], finished: FinishedTrainings | None, n_jobs: int, progress: bool
+) -> tuple[dict[Job, Trial], list[Failure]]:
+    """The trainings that finished, now or in the file, and those that failed.
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, logger: WeightLogger | None, evaluate: Callable[[], Scores]
-    ) -> None:
-        self.count = 0
-        self.logger = logger
-        self.evaluate = evaluate
-        optimizer.register_step_post_hook(self._count)
-
-    def _count(self, *_: object) -> None:
-        if self.logger is not None and self.logger.writer is not None:
-            self.logger.step(self.count)
-            if self.count % self.logger.every == 0:
-                for name, value in self.evaluate().items():
-                    self.logger.writer.add_scalar(f"score/{name}", value, self.count)
-        self.count += 1
-
-
-def _scores(score: Callable[[nn.Module, Any], Scores], model: nn.Module, data: Any) -> Scores:
-    """The scores, as floats; each module is afterwards in training or evaluation as it was before."""
-    before = [(module, module.training) for module in model.modules()]
-    try:
-        scores = score(model, data)
-    finally:
-        for module, training in before:
-            module.training = training
-    if not isinstance(scores, Mapping):
-        raise TypeError(f"score must return a dict of numbers by name, not a {type(scores).__name__}")
-    missing = [name for name in ("validation", "test") if name not in scores]
-    if missing:
-        raise ValueError(f"score must return 'validation' and 'test'; it returned {list(scores)}, without {missing}")
-    return {name: float(value) for name, value in scores.items()}
+    Raises:
+        RuntimeError: all failed.
+    """
+    done = {} if finished is None else {job: finished.trials[job] for job in jobs if job in finished.trials}
+    failures = []
+    order = random.Random(0).sample(jobs, len(jobs))  # a machine that is busy for a while slows all methods alike
+    results = attempts(experiment, [job for job in order if job not in done], n_jobs)
+    if progress:
+        results = with_progress_bar(results, "comparing", len(jobs), len(done))
+    for result in results:
+        if isinstance(result, Failure):
+            failures.append(result)
+            continue
+        done[result.job] = result
+        if finished is not None:
+            finished.add(result)
+    if not done:
+        raise RuntimeError(f"all {len(jobs)} trainings failed, the first of them:\n{failures[0].traceback}")
+    names = dict.fromkeys(name for trial in done.values() for name in trial.scores)  # a score may leave some out
+    done = {j: t._replace(scores={name: t.scores.get(name, math.nan) for name in names}) for j, t in done.items()}
+    return done, failures
 
 
-def _writers(logdir: File) -> Callable[..., SummaryWriter]:
-    """What opens a writer in a folder below `logdir`."""
-    with require("logdir needs TensorBoard", "tensorboard"):
-        from torch.utils.tensorboard import SummaryWriter
-    return lambda *folder, **options: SummaryWriter(str(File(logdir, *folder)), **options)
+def _chosen(grids: Mapping[str, list[float]], seeds: list[int], done: Mapping[Job, Trial]) -> dict[str, float]:
+    """The lambda of each method that has a finished training, by the one-standard-error rule."""
+    chosen = {}
+    at_end = []
+    for name, grid in grids.items():
+        scores = {
+            lam: [done[job].scores["validation"] for seed in seeds if (job := (name, lam, seed)) in done]
+            for lam in grid
+        }
+        most = max(map(len, scores.values()))
+        if most == 0:
+            continue
+        candidates = [lam for lam in grid if len(scores[lam]) == most]
+        path = Path(candidates, scores=torch.tensor([scores[lam] for lam in candidates], dtype=torch.float64))
+        try:
+            chosen[name] = path.best_1se
+        except ValueError:  # all NaN
+            warn(f"{name!r} has a validation score of NaN at each lambda: the smallest is shown")
+            chosen[name] = candidates[0]
+            continue
+        if len(grid) > 1 and chosen[name] in (grid[0], grid[-1]) and chosen[name] > 0:
+            end = "smallest" if chosen[name] == grid[0] else "largest"
+            at_end.append(f"{name!r} {chosen[name]:g} ({end})")
+    if at_end:
+        warn(f"the chosen lambda is at an end of lams, and one beyond may do better: {', '.join(at_end)}")
+    return chosen
 
 
-def _write_hparams(writer: SummaryWriter, trials: Sequence[Trial]) -> None:
-    """An entry in the table of hyperparameters: a method and a lambda, with the means over the seeds."""
-    metrics = {f"mean/{name}": fmean(trial.scores[name] for trial in trials) for name in trials[0].scores}
-    metrics["mean/zeros"] = fmean(trial.zeros for trial in trials)
-    metrics["mean/dead"] = fmean(trial.dead for trial in trials)
-    writer.add_hparams({"method": trials[0].method, "lambda": trials[0].lam}, metrics, run_name=".")
+def _train_model(
+    experiment: Experiment, job: Job, comparison: Comparison, board: Board | None, log_every: int
+) -> nn.Module | Failure:
+    """The model of a method at its chosen lambda, logged to TensorBoard."""
+    if board is None:
+        result = attempt(experiment, job)
+        return result if isinstance(result, Failure) else result[0]
+    name, lam, _ = job
+    with board.writer(name) as writer:
+        result = attempt(experiment, job, lambda weights: WeightLogger(writer, weights, every=log_every))
+        write_summary(writer, lam, {lam: comparison.at(name, lam) for lam in comparison.lams(name)})
+    return result if isinstance(result, Failure) else result[0]
+
+
+def _warn_of_failures(failures: list[Failure], chosen: Mapping[str, float], methods: Iterable[str]) -> None:
+    if failures:
+        shown = "".join(f"\n  {failure}" for failure in failures[:SHOWN])
+        more = f"\n  and {len(failures) - SHOWN} more" if len(failures) > SHOWN else ""
+        lost = [name for name in methods if name not in chosen]
+        all_of = f"; all of {', '.join(map(repr, lost))}" if lost else ""
+        warn(f"{len(failures)} trainings failed{all_of}. Comparison.failures has their tracebacks{shown}{more}")

@@ -1,0 +1,130 @@
+"""Checks of the methods, lambdas and seeds that `compare` is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from inspect import Parameter, signature
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..optim.modes import MODES
+from ..optim.wrapper import RegularizedOptimizer
+from ..penalties.base import Penalty
+from ..penalties.convex import L2
+from ..penalties.param_groups import checked_lam
+
+__all__ = ["Lams", "Method", "MethodLike", "checked_lams", "checked_methods", "checked_seeds"]
+
+MakePenalty = Callable[[nn.Module, float], Penalty]
+MethodLike = tuple[MakePenalty, str] | tuple[MakePenalty, str, Mapping[str, Any]]
+Lams = Iterable[float] | Mapping[str, Iterable[float]]
+
+HOW = ("loss", *MODES)
+OPTIONS = [p.name for p in signature(RegularizedOptimizer).parameters.values() if p.kind is Parameter.KEYWORD_ONLY]
+
+
+class Method(NamedTuple):
+    """How a penalty is made, and how it is applied.
+
+    Attributes:
+        make_penalty: `make_penalty(model, lam)`.
+        how: "loss", or a mode of `RegularizedOptimizer`; of the baselines, "plain" or "weight_decay".
+        options: keyword arguments of `RegularizedOptimizer`.
+    """
+
+    make_penalty: MakePenalty
+    how: str
+    options: Mapping[str, Any] = {}
+
+
+BASELINES = {"plain": Method(L2, "plain"), "weight_decay": Method(L2, "weight_decay")}
+
+
+def checked_methods(methods: Mapping[str, MethodLike]) -> dict[str, Method]:
+    """The baselines and the methods, by name.
+
+    Raises:
+        TypeError: not a dict of name to `(penalty, how)` or `(penalty, how, options)`.
+        ValueError: a name of a baseline, an unknown `how`, unknown options.
+    """
+    if not isinstance(methods, Mapping):
+        raise TypeError(f"methods must be a dict of name to (penalty, how), not a {type(methods).__name__}")
+    return BASELINES | {name: _checked(name, method) for name, method in methods.items()}
+
+
+def _checked(name: str, given: MethodLike) -> Method:
+    if name in BASELINES:
+        raise ValueError(f"{name!r} is always compared with; give the method another name")
+    if not isinstance(name, str) or not isinstance(given, tuple | list) or len(given) not in (2, 3):
+        raise TypeError(
+            f"a method is a name and (penalty, how), as in 'sparse': (L1, 'proximal'); not {name!r}: {given!r}. "
+            "Options of the optimizer come third: (L1, 'proximal', {'metric': 'euclidean'})"
+        )
+    method = Method(*given)
+    if method.how not in HOW:
+        raise ValueError(f"{name!r} is to be applied by {method.how!r}; allowed are {', '.join(map(repr, HOW))}")
+    if isinstance(method.make_penalty, nn.Module) or not callable(method.make_penalty):
+        raise TypeError(
+            f"{name!r} has a {type(method.make_penalty).__name__} where something that makes a penalty of each model "
+            "and lambda is to be: a class, as L1, partial(MCP, knee=0.2), or lambda model, lam: ..."
+        )
+    if not isinstance(method.options, Mapping):
+        raise TypeError(
+            f"{name!r} has options {method.options!r}, a {type(method.options).__name__}; allowed is a dict, as in "
+            "(L1, 'proximal', {'metric': 'euclidean'})"
+        )
+    allowed = [] if method.how == "loss" else OPTIONS
+    unknown = [option for option in method.options if option not in allowed]
+    if unknown:
+        raise ValueError(
+            f"{name!r} has the options {unknown}; for {method.how!r} allowed are {allowed or 'none'}. Options of the "
+            "penalty go into the penalty: partial(MCP, knee=0.2)"
+        )
+    return method
+
+
+def checked_lams(lams: Lams, methods: Mapping[str, Method]) -> dict[str, list[float]]:
+    """The lambdas of each method, ascending; of "plain" 0.
+
+    Raises:
+        TypeError: not numbers.
+        ValueError: negative or infinite ones; a dict without lambdas for a method, or with an unknown method.
+    """
+    if not isinstance(lams, Mapping):
+        grid = _grid(lams)
+        return {name: [0.0] if name == "plain" else grid for name in methods}
+    named = {name: _grid(grid) for name, grid in lams.items()}
+    missing = [name for name in methods if name not in BASELINES and not named.get(name)]
+    unknown = [name for name in named if name not in methods or name == "plain"]
+    if missing:
+        raise ValueError(f"lams has no lambdas for {missing}; as a dict it has one or more for the name of each method")
+    if unknown:
+        raise ValueError(
+            f"lams has lambdas for {unknown}, which no method with lambdas is called; there are {[*methods][1:]}"
+        )
+    named.setdefault("weight_decay", sorted({lam for grid in named.values() for lam in grid}))
+    return {name: [0.0] if name == "plain" else named[name] for name in methods}
+
+
+def _grid(lams: Iterable[float]) -> list[float]:
+    if not isinstance(lams, Iterable):
+        raise TypeError(f"lams has {lams!r} where a list of lambdas is to be, as [1e-4, 1e-3, 1e-2]")
+    return sorted({checked_lam(lam) for lam in lams})
+
+
+def checked_seeds(seeds: Iterable[int]) -> list[int]:
+    """The seeds, as ints.
+
+    Raises:
+        TypeError: a seed that is not an int.
+        ValueError: a seed given twice.
+    """
+    given = list(seeds)
+    for seed in given:
+        if not hasattr(seed, "__index__"):
+            raise TypeError(f"seeds has {seed!r}, a {type(seed).__name__}; allowed are ints")
+    found = [int(seed) for seed in given]
+    if len(set(found)) < len(found):
+        raise ValueError(f"seeds={found} has a seed twice; allowed are different ints")
+    return found

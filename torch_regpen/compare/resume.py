@@ -1,0 +1,146 @@
+"""The file of finished trainings: a line of JSON for each, with the settings that it was made with."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from functools import partial
+from hashlib import sha256
+from inspect import getclosurevars
+from pathlib import Path as File
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .training import Experiment
+from .trials import Job, Trial
+
+__all__ = ["FinishedTrainings", "describe"]
+
+START = '{"method": '  # of each line
+
+
+class FinishedTrainings:
+    """A file to which each finished training is appended, and from which an interrupted comparison goes on.
+
+    The settings of a training are the user's functions as `describe` tells them apart, the optimizer as it prints
+    itself, the initial weights, the method, and the versions of Python and torch. Those in the file must equal those of
+    now.
+
+    Attributes:
+        trials: the trainings found in the file.
+
+    Args:
+        file: where; it and its folder are made if they do not exist.
+        experiment: what is trained now.
+        seeds: the seeds of now.
+
+    Raises:
+        ValueError: the file is of another kind, or has trainings of these methods that were made with other settings.
+    """
+
+    def __init__(self, file: File, experiment: Experiment, seeds: Iterable[int]) -> None:
+        self.file = file
+        self.methods = {
+            name: {"penalty": describe(method.make_penalty), "how": method.how, "options": describe(method.options)}
+            for name, method in experiment.methods.items()
+        }
+        self.models = {seed: _digest(experiment.initial_model(seed)) for seed in seeds}
+        optimizer = experiment.make_optimizer(experiment.initial_model(next(iter(self.models))).parameters())
+        functions = ("data", "make_model", "make_optimizer", "fit", "score")
+        self.shared = {name: describe(getattr(experiment, name)) for name in functions} | {
+            "optimizer": " ".join(repr(optimizer).split()),
+            "versions": f"Python {'.'.join(platform.python_version_tuple()[:2])}, torch {torch.__version__}",
+        }
+        self.trials: dict[Job, Trial] = {}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists():
+            self._read()
+        file.touch()
+
+    def add(self, trial: Trial) -> None:
+        """Append a training."""
+        line = json.dumps(trial._asdict() | {"settings": self._settings(trial.method, trial.seed)})
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+
+    def _settings(self, method: str, seed: int) -> dict[str, str]:
+        """The settings of a training; of a seed that has no part in the comparison the weights are not known."""
+        model = {"initial weights": self.models[seed]} if seed in self.models else {}
+        return self.shared | self.methods[method] | model
+
+    def _read(self) -> None:
+        not_ours = f"resume={str(self.file)!r} is not a file of finished trainings; give another name"
+        try:
+            text = self.file.read_bytes().decode()
+            *lines, last = text.split("\n")
+            if last != START[: len(last)] and not last.startswith(START):
+                raise ValueError(not_ours)
+            found = [json.loads(line) for line in lines]
+            settings = [line.pop("settings") for line in found]
+            trials = [Trial(**line) for line in found]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(not_ours) from error
+        for trial, given in zip(trials, settings, strict=True):
+            if trial.method in self.methods:
+                self._check(trial, given)
+                self.trials[trial.job] = trial
+        if last:  # the writing of this line was interrupted
+            self.file.write_bytes("".join(line + "\n" for line in lines).encode())
+
+    def _check(self, trial: Trial, found: Mapping[str, str]) -> None:
+        other = {key: now for key, now in self._settings(trial.method, trial.seed).items() if found.get(key) != now}
+        if other:
+            changes = "; ".join(f"{key}: {found.get(key)} there, {now} here" for key, now in other.items())
+            raise ValueError(
+                f"resume={str(self.file)!r} has a training of {trial.method!r} (lambda {trial.lam:g}, seed "
+                f"{trial.seed}) with other settings, and would mix them with these ({changes}). Give another file, or "
+                "the settings of that one"
+            )
+
+
+def describe(value: Any) -> str:
+    """Tells functions and arguments from others, the same in each run of the program.
+
+    Functions are told apart by their name, bytecode, defaults, and the numbers and strings that they read from outside;
+    numbers, strings and containers of them by their value; classes by their name; other objects by their class.
+    """
+    if isinstance(value, partial):
+        arguments = [describe(value.func), *map(describe, value.args)]
+        arguments += [f"{name}={describe(arg)}" for name, arg in value.keywords.items()]
+        return f"partial({', '.join(arguments)})"
+    if isinstance(value, MethodType):
+        return f"{describe(value.__self__)}.{describe(value.__func__)}"
+    if isinstance(value, FunctionType):
+        outside = getclosurevars(value)
+        read = {k: x for k, x in {**outside.globals, **outside.nonlocals}.items() if isinstance(x, int | float | str)}
+        parts = [_code(value.__code__), describe(value.__defaults__), describe(value.__kwdefaults__), describe(read)]
+        return f"{value.__qualname__}#{sha256(' '.join(parts).encode()).hexdigest()[:8]}"
+    if isinstance(value, type):
+        return value.__qualname__
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{describe(key)}: {describe(x)}' for key, x in value.items())}}}"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(describe, value))})"
+    if isinstance(value, set | frozenset):
+        return f"{{{', '.join(sorted(map(describe, value)))}}}"
+    simple = value is None or value is ... or isinstance(value, int | float | complex | str | bytes | File)
+    return repr(value) if simple else type(value).__qualname__
+
+
+def _code(code: CodeType) -> str:
+    constants = [_code(const) if isinstance(const, CodeType) else describe(const) for const in code.co_consts]
+    return " ".join([code.co_code.hex(), *code.co_names, *constants])
+
+
+def _digest(model: nn.Module) -> str:
+    """Tells weights from others: by their names, shapes, types and the sum of their bytes."""
+    parts = [
+        f"{name} {tuple(w.shape)} {w.dtype} {w.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64).item()}"
+        for name, w in model.state_dict().items()
+        if isinstance(w, Tensor)
+    ]
+    return sha256(" ".join(parts).encode()).hexdigest()[:8]

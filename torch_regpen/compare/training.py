@@ -1,0 +1,284 @@
+"""One training of a comparison, and many of them, one after the other or in several processes."""
+
+from __future__ import annotations
+
+import pickle
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from multiprocessing import get_context
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..export import dead_units
+from ..optim.modes import MODES
+from ..optim.wrapper import RegularizedOptimizer
+from ..penalties.activity import ActivityPenalty
+from ..penalties.base import Penalty
+from ..tensorboard import WeightLogger
+from .methods import Method
+from .trials import Failure, Job, Scores, Trial, weights_of
+
+__all__ = ["Experiment", "Fit", "Score", "attempt", "attempts"]
+
+Fit = Callable[[nn.Module, Optimizer, Callable[[], Tensor | float], Any], object]
+Score = Callable[[nn.Module, Any], Scores]
+MakeLogger = Callable[[Penalty | nn.Module], WeightLogger]
+
+
+class Prepared(NamedTuple):
+    """What a training starts from."""
+
+    model: nn.Module
+    penalty: Penalty
+    optimizer: Optimizer
+    in_loss: bool
+
+    @property
+    def watched(self) -> Penalty | nn.Module:
+        """Whose weights are counted: the penalty's, or, where it penalizes activations, the model's."""
+        return self.penalty if isinstance(self.penalty, Penalty) else self.model
+
+
+@dataclass
+class Experiment:
+    """The methods, and the functions of the user: see `compare`.
+
+    Attributes:
+        datasets: what `data` returned, by seed.
+    """
+
+    methods: dict[str, Method]
+    data: Callable[[int], Any]
+    make_model: Callable[[Any], nn.Module]
+    make_optimizer: Callable[[Any], Optimizer]
+    fit: Fit
+    score: Score
+    datasets: dict[int, Any] = field(default_factory=dict)
+
+    def dataset(self, seed: int) -> Any:
+        if seed not in self.datasets:
+            self.datasets[seed] = self.data(seed)
+        return self.datasets[seed]
+
+    def initial_model(self, seed: int) -> nn.Module:
+        """The same initial weights for each method."""
+        data = self.dataset(seed)
+        torch.manual_seed(seed)
+        return self.make_model(data)
+
+    def prepare(self, name: str, lam: float, seed: int) -> Prepared:
+        """The model, the penalty and the optimizer of a training."""
+        method = self.methods[name]
+        model = self.initial_model(seed)
+        penalty = method.make_penalty(model, lam)
+        if not isinstance(penalty, Penalty | ActivityPenalty):
+            raise TypeError(f"{name!r} is to make a penalty, and made a {type(penalty).__name__}")
+        if method.how == "weight_decay":
+            decayed = [p for _, p in penalty.named_parameters_penalized()]
+            others = [p for p in model.parameters() if all(p is not q for q in decayed)]
+            groups = [{"params": decayed, "weight_decay": 2 * lam}, {"params": others, "weight_decay": 0.0}]
+            return Prepared(model, penalty, self.make_optimizer(groups), False)
+        optimizer = self.make_optimizer(model.parameters())
+        if method.how in MODES:
+            optimizer = RegularizedOptimizer(optimizer, penalty, method.how, **method.options)
+        return Prepared(model, penalty, optimizer, method.how == "loss")
+
+    def train(self, name: str, lam: float, seed: int, logger: MakeLogger | None = None) -> tuple[nn.Module, Trial]:
+        """Train, and score.
+
+        Args:
+            name: the method.
+            lam: lambda.
+            seed: the seed.
+            logger: makes the logger of the weights, which then logs the scores too; None logs nothing.
+        """
+        start = self.prepare(name, lam, seed)
+        data = self.dataset(seed)
+        steps = _Steps(
+            start.optimizer,
+            None if logger is None else logger(start.watched),
+            partial(self.evaluate, start.model, data),
+        )
+        torch.manual_seed(seed)
+        before = time.perf_counter()
+        self.fit(start.model, start.optimizer, start.penalty if start.in_loss else _without_penalty, data)
+        next(start.model.parameters()).flatten()[:1].tolist()  # waits for the device
+        seconds = time.perf_counter() - before
+        scores = self.evaluate(start.model, data)
+        steps.end()
+        zeros = (weights_of(start.model) == 0).double().mean().item()
+        dead = sum(len(units) for units in dead_units(start.watched).values())
+        return start.model, Trial(name, lam, seed, scores, zeros, dead, steps.count, seconds)
+
+    def evaluate(self, model: nn.Module, data: Any) -> Scores:
+        """The scores as floats. Each module stays in training or in evaluation mode."""
+        before = [(module, module.training) for module in model.modules()]
+        try:
+            scores = self.score(model, data)
+        finally:
+            for module, training in before:
+                module.training = training
+        if not isinstance(scores, Mapping):
+            raise TypeError(f"score must return a dict of numbers by name, not a {type(scores).__name__}")
+        missing = [name for name in ("validation", "test") if name not in scores]
+        if missing:
+            raise ValueError(
+                f"score must return 'validation' and 'test'; it returned {list(scores)}, without {missing}"
+            )
+        return {name: _number(name, value) for name, value in scores.items()}
+
+
+def _without_penalty() -> float:
+    """The `penalty()` of a training whose loss has none."""
+    return 0.0
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value.detach() if isinstance(value, Tensor) else value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"score returned {name!r}: {value!r}; allowed is a number") from error
+
+
+class _Steps:
+    """Counts the steps of an optimizer; with a logger, logs the weights and the scores on the way."""
+
+    def __init__(self, optimizer: Optimizer, logger: WeightLogger | None, evaluate: Callable[[], Scores]) -> None:
+        self.count = 0
+        self.logger = logger
+        self.evaluate = evaluate
+        optimizer.register_step_post_hook(self._count)
+
+    def _count(self, *_: object) -> None:
+        if self.logger is not None and self.count % self.logger.every == 0:
+            self._log(self.logger, self.count)
+        self.count += 1
+
+    def end(self) -> None:
+        """Log the last step, if it is not logged: else a short training would leave a single point."""
+        last = self.count - 1
+        if self.logger is not None and self.count and last % self.logger.every:
+            self.logger.every = 1
+            self._log(self.logger, last)
+
+    def _log(self, logger: WeightLogger, step: int) -> None:
+        logger.step(step)
+        if logger.writer is not None:
+            for name, value in self.evaluate().items():
+                logger.writer.add_scalar(f"score/{name}", value, step)
+
+
+# Many trainings.
+
+
+def attempts(experiment: Experiment, jobs: list[Job], n_jobs: int) -> Iterator[Trial | Failure]:
+    """Train each job, and yield what came of it, in any order.
+
+    Args:
+        experiment: what is trained.
+        jobs: method, lambda and seed of each training.
+        n_jobs: the number of processes; 1 is this one.
+
+    Raises:
+        TypeError: the functions of the experiment cannot be handed to another process.
+        RuntimeError: a process died.
+    """
+    if n_jobs == 1 or not jobs:
+        return (_result(experiment, job) for job in jobs)
+    return _in_processes(experiment, jobs, n_jobs)
+
+
+def attempt(experiment: Experiment, job: Job, logger: MakeLogger | None = None) -> tuple[nn.Module, Trial] | Failure:
+    """Train once, as `Experiment.train`; an exception becomes a `Failure`."""
+    try:
+        return experiment.train(*job, logger)
+    except Exception as error:
+        return Failure(*job, f"{type(error).__name__}: {error}", traceback.format_exc())
+
+
+def _result(experiment: Experiment, job: Job) -> Trial | Failure:
+    """The same without the model, which would fill the memory."""
+    result = attempt(experiment, job)
+    return result if isinstance(result, Failure) else result[1]
+
+
+# Processes are spawned, not forked: a fork inherits neither CUDA nor the threads of OpenMP in a state that works.
+
+
+def _in_processes(experiment: Experiment, jobs: list[Job], n_jobs: int) -> Iterator[Trial | Failure]:
+    settings = [get() for get, _ in SETTINGS]
+    pool = ProcessPoolExecutor(min(n_jobs, len(jobs)), get_context("spawn"), _start, (_pickled(experiment), settings))
+    try:
+        try:
+            pool.submit(_load).result()
+        except (AttributeError, ImportError) as error:
+            raise TypeError(_unpicklable("a function of compare", error)) from error
+        for future in as_completed([pool.submit(_result_in_worker, job) for job in jobs]):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            f"n_jobs={n_jobs}: a process ended. Either it was killed, as where memory runs out: give fewer n_jobs; or "
+            "it could not start: a script that uses n_jobs has to call compare below `if __name__ == '__main__':`, "
+            "since each process imports the script. Its own output says more"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _pickled(experiment: Experiment) -> bytes:
+    experiment = replace(experiment, datasets={})  # each process makes its own
+    for part in fields(experiment):
+        try:
+            pickle.dumps(getattr(experiment, part.name))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise TypeError(_unpicklable(part.name, error)) from error
+    return pickle.dumps(experiment)
+
+
+def _unpicklable(what: str, error: Exception) -> str:
+    return (
+        f"n_jobs above 1 starts processes that import what they run, and {what} cannot be imported ({error}). Define "
+        "functions and classes at the top level of a file, neither as a lambda, nor inside a function, nor in a "
+        "notebook; arguments go in by functools.partial, as partial(torch.optim.SGD, lr=0.1). Or leave out n_jobs"
+    )
+
+
+def _set_default_device(device: torch.device) -> None:
+    if device != torch.get_default_device():  # to set one, the CPU too, slows each call down
+        torch.set_default_device(device)
+
+
+SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [  # of torch, which results depend on
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_default_device, _set_default_device),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+]
+
+_worker: dict[str, Any] = {}  # in a process that trains: "pickled", and once it is loaded, "experiment"
+
+
+def _start(pickled: bytes, settings: Iterable[Any]) -> None:
+    """Give a new process the settings of the first one."""
+    for (_, set_), value in zip(SETTINGS, settings, strict=True):
+        set_(value)
+    _worker["pickled"] = pickled
+
+
+def _load() -> None:
+    if "experiment" not in _worker:
+        _worker["experiment"] = pickle.loads(_worker["pickled"])
+
+
+def _result_in_worker(job: Job) -> Trial | Failure:
+    _load()
+    return _result(_worker["experiment"], job)

@@ -10,7 +10,6 @@ Example:
 """
 
 from importlib import metadata as _metadata
-
 from typing import TYPE_CHECKING
 
 from . import functional, groups
@@ -23,7 +22,7 @@ from .penalties.orthogonal import Orthogonal
 from .schedules import TargetSparsity
 from .tensorboard import WeightLogger
 
-__version__ = _metadata.version(__name__)
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .compare.run import compare  # a module that can be called, which type checkers cannot follow

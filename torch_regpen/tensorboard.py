@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from .distributed.shards import DTensor
 from .groups.grouping import Elements, Grouping
+from .inspect.charts import layout
 from .inspect.histogram import Counts, histogram_counts
 from .inspect.multipliers import multipliers
 from .inspect.optimizers import find_regularized
@@ -31,21 +32,6 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 __all__ = ["WeightLogger"]
-
-# The charts of TensorBoard's page "Custom Scalars", by category: a title, and regular expressions for the tags.
-OVERVIEW = {
-    "fraction of exact zeros": r"sparsity/total",
-    "flipped since the last log": r"flipped/total",
-    "l1 norm": r"norm/l1",
-    "l2 norm": r"norm/l2",
-}
-PENALTY = {"lambda": r"penalty/lam.*", "penalty": r"penalty/value", "penalty / loss": r"penalty/ratio"}
-PARAMETERS = {
-    "fraction of exact zeros": r"sparsity/(?!total$).*",
-    "flipped since the last log": r"flipped/(?!total$).*",
-    "dead groups": r"dead_groups/.*",
-    "multiplier of lambda in the prox": r"multiplier/.*",
-}
 
 
 class Logged(NamedTuple):
@@ -159,6 +145,7 @@ class WeightLogger:
             )
         self.writer = writer
         self.source: Any = penalty_or_model if self.optimizer is None else self.optimizer.penalty
+        self._has_penalty = isinstance(self.source, Penalty | ActivityPenalty)
         self.every = every
         self.select = select
         self._next = 0
@@ -190,40 +177,30 @@ class WeightLogger:
         self._next = step + 1
         if step % self.every:
             return
+        logged = self._logged()
+        rows = self._rows(logged, loss, stationarity)
+        if self.writer is None or not rows:
+            return
+        like = next((row for tag, row in rows.items() if tag.startswith("weights/")), next(iter(rows.values())))
+        numbers = torch.cat([row.to(like) for row in rows.values()]).cpu()  # the only transfer
+        split = numbers.split_with_sizes([len(row) for row in rows.values()])
+        self._write(self.writer, step, logged, dict(zip(rows, split, strict=True)))
+
+    def _rows(
+        self, logged: dict[str, Logged], loss: float | Tensor | None, stationarity: float | Tensor | None
+    ) -> dict[str, Tensor]:
+        """All numbers of a logging step, on their devices: one-dimensional tensors by tag."""
         # Every rank takes part in the penalty and in the counts of sharded parameters: they have collectives.
         rows = self._penalty_rows(loss, stationarity)
-        lams = [float(group["lam"]) for group in self.source.param_groups] if rows else []
-        logged = self._logged()
         for name, parameter in logged.items():
             if self.writer is not None or isinstance(parameter.tensor, DTensor):
                 rows |= self._parameter_rows(name, *parameter)
-        if self.writer is None or not rows:
-            return
-        names = {id(parameter.tensor): name for name, parameter in logged.items()}
-        for w, row in multipliers(self.optimizer) if self.optimizer is not None else ():
-            if id(w) in names:
-                rows[f"multiplier/{names[id(w)]}"] = row
-        like = next((row for tag, row in rows.items() if tag.startswith("weights/")), next(iter(rows.values())))
-        numbers = torch.cat([row.to(like) for row in rows.values()]).cpu()  # the only transfer
-        split = dict(zip(rows, numbers.split_with_sizes([len(row) for row in rows.values()]), strict=True))
-        if not self._has_layout and hasattr(self.writer, "add_custom_scalars"):
-            self.writer.add_custom_scalars(_layout(lams, logged))
-            self._has_layout = True
-        weights = {name: Counts.of(split[f"weights/{name}"], w.dtype) for name, (w, *_) in logged.items()}
-        offsets = {
-            name: Counts.of(split[f"nonzero/{name}"], w.dtype)
-            for name, (w, *_) in logged.items()
-            if f"nonzero/{name}" in split
-        }
-        nonzero = weights | offsets
-        scalars = _weight_scalars(split, logged, weights, nonzero) | _penalty_scalars(split, lams, self.source)
-        for tag, number in scalars.items():
-            self.writer.add_scalar(tag, number, step)
-        for name in logged:
-            for kind, counts in (("weights", weights[name]), ("nonzero", nonzero[name].without_zeros())):
-                histogram = counts.histogram()
-                if histogram is not None:
-                    self.writer.add_histogram_raw(f"{kind}/{name}", **histogram, global_step=step)
+        if self.writer is not None and self.optimizer is not None:
+            names = {id(parameter.tensor): name for name, parameter in logged.items()}
+            for w, row in multipliers(self.optimizer):
+                if id(w) in names:
+                    rows[f"multiplier/{names[id(w)]}"] = row
+        return rows
 
     def _penalty_rows(self, loss: float | Tensor | None, stationarity: float | Tensor | None) -> dict[str, Tensor]:
         """The numbers about the penalty, each as a tensor with one element; none, if there is no penalty."""
@@ -231,13 +208,13 @@ class WeightLogger:
         numbers = {tag: torch.as_tensor(number) for tag, number in given.items() if number is not None}
         for tag, number in numbers.items():
             name = tag.split("/")[1]
-            if not isinstance(self.source, Penalty | ActivityPenalty):
+            if not self._has_penalty:
                 raise ValueError(f"{name}= is about a penalty; this logger has a bare model: leave it out")
             if number.numel() != 1:
                 raise ValueError(
                     f"{name} has shape {tuple(number.shape)}; allowed is a number, or a tensor with one element"
                 )
-        if not isinstance(self.source, Penalty | ActivityPenalty):
+        if not self._has_penalty:
             return {}
         return {tag: number.reshape(1) for tag, number in {"penalty/value": self.source(), **numbers}.items()}
 
@@ -256,6 +233,27 @@ class WeightLogger:
             rows[f"flipped/{name}"] = count_flipped(old, new, w).reshape(1)
         self._zeros[name] = new
         return rows
+
+    def _write(self, writer: SummaryWriter, step: int, logged: dict[str, Logged], numbers: dict[str, Tensor]) -> None:
+        """Write the numbers of a logging step, which are on the CPU by now."""
+        if not self._has_layout and hasattr(writer, "add_custom_scalars"):
+            writer.add_custom_scalars(layout(bool(logged), self._has_penalty))
+            self._has_layout = True
+        weights = {name: Counts.of(numbers[f"weights/{name}"], w.dtype) for name, (w, *_) in logged.items()}
+        nonzero = {
+            name: Counts.of(numbers[tag], w.dtype) if (tag := f"nonzero/{name}") in numbers else weights[name]
+            for name, (w, *_) in logged.items()
+        }
+        scalars = _weight_scalars(numbers, logged, weights, nonzero)
+        if self._has_penalty:
+            scalars |= _penalty_scalars(numbers, self.source)
+        for tag, number in scalars.items():
+            writer.add_scalar(tag, number, step)
+        for name in logged:
+            for kind, counts in (("weights", weights[name]), ("nonzero", nonzero[name].without_zeros())):
+                histogram = counts.histogram()
+                if histogram is not None:
+                    writer.add_histogram_raw(f"{kind}/{name}", **histogram, global_step=step)
 
     def _logged(self) -> dict[str, Logged]:
         """The parameters to log now, by their names on the board.
@@ -281,19 +279,6 @@ class WeightLogger:
             for name, (w, outputs, _) in found.items()
             if id(w) in groups
         }
-
-
-def _layout(lams: list[float], logged: dict[str, Logged]) -> dict[str, dict[str, list[Any]]]:
-    """The layout of the page "Custom Scalars"."""
-    categories = {
-        "torch_regpen": {**(OVERVIEW if logged else {}), **(PENALTY if lams else {})},
-        "torch_regpen: each parameter": PARAMETERS if logged else {},
-    }
-    return {
-        category: {title: ["Multiline", [tags]] for title, tags in charts.items()}
-        for category, charts in categories.items()
-        if charts
-    }
 
 
 def _weight_scalars(
@@ -326,15 +311,14 @@ def _weight_scalars(
     return scalars
 
 
-def _penalty_scalars(numbers: dict[str, Tensor], lams: list[float], source: nn.Module) -> dict[str, float]:
+def _penalty_scalars(numbers: dict[str, Tensor], penalty: Penalty | ActivityPenalty) -> dict[str, float]:
     """The scalars about the penalty, by their tags."""
-    if not lams:
-        return {}
     value = numbers["penalty/value"]
+    lams = [float(group["lam"]) for group in penalty.param_groups]
     scalars = {"penalty/value": value.item()}
     scalars |= {f"penalty/lam/{i}" if len(lams) > 1 else "penalty/lam": lam for i, lam in enumerate(lams)}
-    if isinstance(source, ActivityPenalty) and lams[0]:
-        scalars["penalty/activity"] = value.item() / lams[0]
+    if isinstance(penalty, ActivityPenalty) and penalty.lam:
+        scalars["penalty/activity"] = value.item() / penalty.lam
     if "penalty/loss" in numbers:
         scalars["penalty/ratio"] = (value / numbers["penalty/loss"]).item()
     if "penalty/stationarity" in numbers:

@@ -343,6 +343,24 @@ def test_what_is_logged_is_found_without_reading_a_value(mode, make):
         assert {"weights/w", "flipped/w", "multiplier/w", "penalty/value", "penalty/loss"} <= rows.keys()
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_what_is_logged_is_found_without_waiting_for_the_gpu():
+    w = nn.Parameter(torch.randn(1000, 3, device="cuda"))
+    optimizer = RegularizedOptimizer(optim.Adam([w]), GroupLasso([("w", w)], 0.1), "dual")
+    logger = WeightLogger(Recorder(), optimizer)
+    for mode in ("default", "error"):
+        w.grad = torch.randn_like(w)
+        optimizer.step()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            with torch.no_grad():
+                rows = logger._rows(logger._logged(), loss=torch.ones((), device="cuda"), stationarity=None)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert "flipped/w" in rows
+
+
 def test_a_log_takes_one_transfer_and_other_steps_none(monkeypatch):
     moved = []
     cpu = torch.Tensor.cpu

@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer: the wrapper and its scheduler go in as `optimizers=`.
+"""The Hugging Face Trainer: the wrapper goes in as `optimizers=`, and a callback steers lambda and freezes the zeros.
 
 A tiny BERT with random weights learns which of two tokens a sequence ends with; nothing is downloaded.
 
@@ -21,10 +21,12 @@ from transformers import (
 )
 
 from torch_regpen import L1, RegularizedOptimizer
+from torch_regpen.callbacks import TrainerRegularizer
+from torch_regpen.schedules import LinearRamp
 
 
 class Sequences(Dataset[dict[str, torch.Tensor]]):
-    """Random tokens before one that is the label."""
+    """Random tokens, of which the last is the label."""
 
     def __init__(self, count: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -53,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     adamw = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)  # AdamW's default is 0.01
     optimizer = RegularizedOptimizer(adamw, penalty, mode="proximal")
     scheduler = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
+    callback = TrainerRegularizer(schedule=LinearRamp(penalty, steps // 4), freeze_at=steps * 3 // 4)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,
@@ -67,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             ),
             train_dataset=Sequences(512),
             optimizers=(optimizer, scheduler),
+            callbacks=[callback],
         )
         trainer.train()
     print(penalty.summary())

@@ -1,23 +1,30 @@
 """WeightLogger: what a penalty does to the weights, on TensorBoard.
 
-Nothing here imports TensorBoard: the writer that the user brings does. The weights are counted where they lie, in one
-pass, and all numbers come back in one transfer for each logging step.
+The weights are counted on their device, in one pass, and all numbers are transferred at once in each logging step.
+TensorBoard is not imported here: the writer that the user gives imports it.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from .distributed.shards import DTensor, full_tensor
+from .distributed.shards import DTensor
 from .groups.grouping import Elements, Grouping
-from .inspect.histogram import histogram, histogram_counts
+from .inspect.charts import layout
+from .inspect.histogram import Counts, histogram_counts
+from .inspect.multipliers import multipliers
+from .inspect.optimizers import find_regularized
 from .inspect.parameters import find_parameters
+from .inspect.zero_bits import ZeroBits, count_flipped, zero_bits
 from .ops.zero_groups import zero_groups
+from .optim.wrapper import RegularizedOptimizer
+from .penalties.activity import ActivityPenalty
 from .penalties.base import Penalty
 from .penalties.rules import Select
 
@@ -27,61 +34,95 @@ if TYPE_CHECKING:
 __all__ = ["WeightLogger"]
 
 
+class Logged(NamedTuple):
+    """A parameter on the board: the tensor, the groups that may be dead, and the center of its penalty."""
+
+    tensor: Tensor
+    groups: Grouping | None
+    center: Tensor | None
+
+
 class WeightLogger:
     """Writes histograms and exact zeros of the penalized weights, and the penalty itself, to TensorBoard.
 
-    Call `step()` after each `optimizer.step()`. At step 0 and each `every` steps it writes
+    Call `step()` after each `optimizer.step()`, before the gradients are cleared. At step 0 and every `every` steps it
+    writes, for each penalized parameter (of a bare model: for each parameter),
 
-    - for each penalized parameter (of a bare model: for all), `weights/NAME`, a histogram of its finite elements;
-      `sparsity/NAME`, the fraction of its elements that are exactly zero, from 0 to 1; `dead_groups/NAME`, the fraction
-      of its groups that are zero throughout (the groups of the penalty, of a sum the first that has any; else, of
-      parameters with 2 dimensions or more, the output units: neurons, filters, rows of an embedding); and, where there
-      are any, `nonfinite/NAME`, how many elements are NaN or infinite. Of a penalty with a center, what is exactly at
-      its center counts as zero;
-    - over all these parameters, `sparsity/total`, and `norm/l1` and `norm/l2` of the finite elements;
-    - of a penalty, `penalty/value`, what `penalty()` returns, and `penalty/lam`; if it has several parameter groups or
-      is a sum, `penalty/lam/0`, `penalty/lam/1`, ..., in their order; `penalty/ratio`, if `step()` gets the loss; and
-      `penalty/stationarity`, if it gets that.
+    - `weights/NAME`: a histogram of its finite elements;
+    - `nonzero/NAME`: a histogram of those that are not zero, which shows the survivors where most weights are zero;
+    - `sparsity/NAME`: the fraction of its elements that are exactly zero, from 0 to 1;
+    - `flipped/NAME`: the fraction of its elements that have become zero, or ceased to be, since the last logging step;
+    - `dead_groups/NAME`: the fraction of its groups whose elements are all zero: the groups of the penalty (of a sum:
+      of the first part that has groups); else, for 2 dimensions or more, the output units: neurons, filters, rows of an
+      embedding;
+    - `multiplier/NAME`, given a `RegularizedOptimizer` that has a prox: what multiplied lambda in the last prox; its
+      median over a sample, where it differs by element. It is the optimizer's own step for a unit gradient, and in the
+      mode `"dual"` the sum of all steps so far;
+    - `nonfinite/NAME`: how many elements are NaN or infinite, where there are any.
 
-    The bins are symmetric about zero and logarithmic in `|w|`, 8 for each factor of 2, down to the smallest number
-    there is; exact zeros have a bin of their own, of width 0, and the first and last bin end where the weights end.
-    Complex weights go by modulus. (TensorBoard draws every histogram in 30 bins of equal width, whatever is written:
-    there, small weights lie with the zeros. What is exactly zero shows in `sparsity/NAME`.)
+    Over all these parameters it writes `sparsity/total`; the same as `all/sparsity`, which TensorBoard shows first;
+    `flipped/total`; and `norm/l1` and `norm/l2` of the finite elements. Of a penalty it writes `penalty/value`, what
+    `penalty()` returns, and `penalty/lam`, or `penalty/lam/0`, `penalty/lam/1`, ... where it has several parameter
+    groups or is a sum. If `step()` is given the loss or the stationarity, it writes `penalty/ratio` or
+    `penalty/stationarity`. Of an `ActivityPenalty` it writes `penalty/value`, `penalty/lam` and, unless lambda is 0,
+    `penalty/activity`, the value divided by lambda.
+
+    If the penalty has a center, an element that is exactly at its center counts as zero, and `nonzero/NAME` is of the
+    differences from the center.
+
+    The bins are symmetric about zero and logarithmic in `|w|`, 8 for each factor of 2, down to the smallest number of
+    the dtype. Exact zeros have a bin of their own, of width 0. The first and the last bin end where the weights end.
+    Complex weights are counted by modulus. (TensorBoard draws every histogram in 30 bins of equal width.)
+
+    The zeros of the last logging step are kept on the device of each parameter, in one bit for each element: 1/32 of
+    the memory of float32 weights.
+
+    TensorBoard's page "Custom Scalars" has the lines of all parameters in one chart. The layout of that page is written
+    at the first logging step. TensorBoard reads the first layout of a run: call `writer.add_custom_scalars` before, to
+    have your own.
 
     To resume a run, pass the step, `logger.step(global_step)`, and open the writer with `purge_step=global_step`. For
     several writers, make a logger for each.
 
-    `penalty.stationarity()` is about the gradient of the plain loss at the present weights, which after
-    `optimizer.step()` is gone: `.grad` is that of the weights before, often of one batch, and holds the penalty's part
-    if that is in the loss or coupled. So take it right after `backward()` of the plain loss, of all data if you can,
-    and hand it to `step()`.
+    `penalty.stationarity()` needs the gradient of the plain loss at the current weights. After `optimizer.step()` the
+    weights have changed, and `.grad` may hold the penalty's part. So take it right after `backward()` of the plain
+    loss, of all data if possible, and pass it to `step()`.
 
     Args:
         writer: a `torch.utils.tensorboard.SummaryWriter`, or anything with its `add_scalar` and `add_histogram_raw`;
             None on ranks that do not write (with sharded parameters every rank must call `step()`).
-        penalty_or_model: the penalty whose parameters are meant, or a model.
+        penalty_or_model: the penalty whose parameters are logged, a `RegularizedOptimizer`, for its penalty, an
+            `ActivityPenalty`, or a model.
         every: the number of steps from one logging step to the next, 1 or more.
-        select: which parameters of a model, as a penalty takes it: `"weights"`, `"all"`, a glob or a list of globs on
-            the qualified name, or a callable `(name, parameter) -> bool`; None means all.
+        select: which parameters of a model to log, as a penalty takes it: `"weights"`, `"all"`, a glob or a list of
+            globs on the qualified name, or a callable `(name, parameter) -> bool`; None means all.
 
     Raises:
         TypeError: an argument is none of these.
-        ValueError: `every` is less than 1; `select` matches nothing, or is given beside a penalty.
+        ValueError: `every` is less than 1; `select` matches nothing, or is given with a penalty.
 
     Example:
-        >>> logger = WeightLogger(SummaryWriter("runs/l1"), penalty, every=100)
-        >>> for x, y in loader:
-        ...     optimizer.zero_grad()
-        ...     loss = criterion(model(x), y)
-        ...     (loss + penalty()).backward()
-        ...     optimizer.step()
-        ...     logger.step(loss=loss)
+        >>> import tempfile
+        >>> import torch
+        >>> from torch.utils.tensorboard import SummaryWriter
+        >>> from torch_regpen import L1, RegularizedOptimizer
+        >>> from torch_regpen.tensorboard import WeightLogger
+        >>> model = torch.nn.Linear(10, 1)
+        >>> optimizer = RegularizedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), L1(model, 0.1), "proximal")
+        >>> with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
+        ...     logger = WeightLogger(writer, optimizer, every=10)
+        ...     for _ in range(100):
+        ...         optimizer.zero_grad()
+        ...         loss = model(torch.randn(32, 10)).square().mean()
+        ...         loss.backward()
+        ...         optimizer.step()
+        ...         logger.step(loss=loss)
     """
 
     def __init__(
         self,
         writer: SummaryWriter | None,
-        penalty_or_model: Penalty | nn.Module,
+        penalty_or_model: Penalty | RegularizedOptimizer | ActivityPenalty | nn.Module,
         *,
         every: int = 1,
         select: Select | None = None,
@@ -96,12 +137,21 @@ class WeightLogger:
             raise TypeError(f"every={every!r} is a {type(every).__name__}; allowed is an int, 1 or more")
         if every < 1:
             raise ValueError(f"every={every}; allowed is an int, 1 or more")
+        self.optimizer = find_regularized(penalty_or_model) if isinstance(penalty_or_model, Optimizer) else None
+        if self.optimizer is None and isinstance(penalty_or_model, Optimizer):
+            raise TypeError(
+                f"a {type(penalty_or_model).__name__} holds no penalty; allowed are a RegularizedOptimizer, a penalty "
+                "and a model"
+            )
         self.writer = writer
-        self.source = penalty_or_model
+        self.source: Any = penalty_or_model if self.optimizer is None else self.optimizer.penalty
+        self._has_penalty = isinstance(self.source, Penalty | ActivityPenalty)
         self.every = every
         self.select = select
         self._next = 0
-        self._meant()  # raises where there is something wrong with the source or with select
+        self._zeros: dict[str, ZeroBits] = {}
+        self._has_layout = False
+        self._logged()  # raises if something is wrong with the source or with select
 
     @torch.no_grad()
     def step(
@@ -114,64 +164,107 @@ class WeightLogger:
         """Write, if `global_step` is a multiple of `every`.
 
         Args:
-            global_step: the number of this step, as after resuming from a checkpoint; None: one more than the last, and
-                0 at first.
+            global_step: the number of this step; None: one more than the last, and 0 at first.
             loss: the loss of this step without the penalty, a number or a tensor with one element; then `penalty/ratio`
-                is written too, the penalty's value divided by it.
-            stationarity: what `penalty.stationarity()` gave; then `penalty/stationarity` is written too.
+                is written too, the value of the penalty divided by the loss.
+            stationarity: what `penalty.stationarity()` returned; then `penalty/stationarity` is written too.
 
         Raises:
-            TypeError: `global_step` is no whole number.
-            ValueError: `loss` or `stationarity` has several elements, or is given where there is no penalty.
+            TypeError: `global_step` is not an integer.
+            ValueError: `loss` or `stationarity` has several elements, or is given without a penalty.
         """
         step = self._next if global_step is None else operator.index(global_step)
         self._next = step + 1
         if step % self.every:
             return
-        rows: dict[str, Tensor] = {}
-        lams = []
-        # Every rank takes part in the penalty and in the tallies of sharded parameters: there are collectives in them.
-        if isinstance(self.source, Penalty):
-            rows["penalty/value"] = self.source().reshape(1)
-            lams = [float(group["lam"]) for group in self.source.param_groups]
-        for name, number in {"loss": loss, "stationarity": stationarity}.items():
-            if number is not None:
-                rows[name] = self._checked(name, number)
-        meant = self._meant()
-        for name, (w, groups, center) in meant.items():
-            if self.writer is not None or isinstance(w, DTensor):
-                rows[f"weights/{name}"] = histogram_counts(w)
-                offset = w if center is None else w - center
-                if center is not None:
-                    rows[f"zeros/{name}"] = full_tensor((offset == 0).sum()).reshape(1)
-                if groups is not None and w.numel():
-                    rows[f"dead_groups/{name}"] = zero_groups(offset, groups).float().mean().reshape(1)
-        if self.writer is not None and meant:
-            like = rows[f"weights/{name}"]
-            numbers = torch.cat([row.to(like) for row in rows.values()]).cpu()  # the one transfer
-            split = numbers.split_with_sizes([len(row) for row in rows.values()])
-            named = {name: w for name, (w, *_) in meant.items()}
-            _write(self.writer, step, lams, named, dict(zip(rows, split, strict=True)))
+        logged = self._logged()
+        rows = self._rows(logged, loss, stationarity)
+        if self.writer is None or not rows:
+            return
+        like = next((row for tag, row in rows.items() if tag.startswith("weights/")), next(iter(rows.values())))
+        numbers = torch.cat([row.to(like) for row in rows.values()]).cpu()  # the only transfer
+        split = numbers.split_with_sizes([len(row) for row in rows.values()])
+        self._write(self.writer, step, logged, dict(zip(rows, split, strict=True)))
 
-    def _checked(self, name: str, number: float | Tensor) -> Tensor:
-        """A number about the penalty, as a tensor with one dimension."""
-        if not isinstance(self.source, Penalty):
-            raise ValueError(f"{name}= is about a penalty; this logger has a bare model: leave it out")
-        number = torch.as_tensor(number)
-        if number.numel() != 1:
-            raise ValueError(
-                f"{name} has shape {tuple(number.shape)}; allowed is a number, or a tensor with one element"
-            )
-        return number.reshape(1)
+    def _rows(
+        self, logged: dict[str, Logged], loss: float | Tensor | None, stationarity: float | Tensor | None
+    ) -> dict[str, Tensor]:
+        """All numbers of a logging step, on their devices: one-dimensional tensors by tag."""
+        # Every rank takes part in the penalty and in the counts of sharded parameters: they have collectives.
+        rows = self._penalty_rows(loss, stationarity)
+        for name, parameter in logged.items():
+            if self.writer is not None or isinstance(parameter.tensor, DTensor):
+                rows |= self._parameter_rows(name, *parameter)
+        if self.writer is not None and self.optimizer is not None:
+            names = {id(parameter.tensor): name for name, parameter in logged.items()}
+            for w, row in multipliers(self.optimizer):
+                if id(w) in names:
+                    rows[f"multiplier/{names[id(w)]}"] = row
+        return rows
 
-    def _meant(self) -> dict[str, tuple[Tensor, Grouping | None, Tensor | None]]:
-        """The parameters that are meant now, by their names on the board, the groups that may be dead, and the center.
+    def _penalty_rows(self, loss: float | Tensor | None, stationarity: float | Tensor | None) -> dict[str, Tensor]:
+        """The numbers about the penalty, each as a tensor with one element; none, if there is no penalty."""
+        given = {"penalty/loss": loss, "penalty/stationarity": stationarity}
+        numbers = {tag: torch.as_tensor(number) for tag, number in given.items() if number is not None}
+        for tag, number in numbers.items():
+            name = tag.split("/")[1]
+            if not self._has_penalty:
+                raise ValueError(f"{name}= is about a penalty; this logger has a bare model: leave it out")
+            if number.numel() != 1:
+                raise ValueError(
+                    f"{name} has shape {tuple(number.shape)}; allowed is a number, or a tensor with one element"
+                )
+        if not self._has_penalty:
+            return {}
+        return {tag: number.reshape(1) for tag, number in {"penalty/value": self.source(), **numbers}.items()}
 
-        Frozen parameters are not, unless all are, as those of an averaged model.
+    def _parameter_rows(
+        self, name: str, w: Tensor, groups: Grouping | None, center: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The numbers about a parameter."""
+        rows = {f"weights/{name}": histogram_counts(w)}
+        if center is not None:
+            w = w - center
+            rows[f"nonzero/{name}"] = histogram_counts(w)
+        if groups is not None and w.numel():
+            rows[f"dead_groups/{name}"] = zero_groups(w, groups).float().mean().reshape(1)
+        old, new = self._zeros.get(name), zero_bits(w)
+        if old is not None and old.layout == new.layout:
+            rows[f"flipped/{name}"] = count_flipped(old, new, w).reshape(1)
+        self._zeros[name] = new
+        return rows
+
+    def _write(self, writer: SummaryWriter, step: int, logged: dict[str, Logged], numbers: dict[str, Tensor]) -> None:
+        """Write the numbers of a logging step, which are on the CPU by now."""
+        if not self._has_layout and hasattr(writer, "add_custom_scalars"):
+            writer.add_custom_scalars(layout(bool(logged), self._has_penalty))
+            self._has_layout = True
+        weights = {name: Counts.of(numbers[f"weights/{name}"], w.dtype) for name, (w, *_) in logged.items()}
+        nonzero = {
+            name: Counts.of(numbers[tag], w.dtype) if (tag := f"nonzero/{name}") in numbers else weights[name]
+            for name, (w, *_) in logged.items()
+        }
+        scalars = _weight_scalars(numbers, logged, weights, nonzero)
+        if self._has_penalty:
+            scalars |= _penalty_scalars(numbers, self.source)
+        for tag, number in scalars.items():
+            writer.add_scalar(tag, number, step)
+        for name in logged:
+            for kind, counts in (("weights", weights[name]), ("nonzero", nonzero[name].without_zeros())):
+                histogram = counts.histogram()
+                if histogram is not None:
+                    writer.add_histogram_raw(f"{kind}/{name}", **histogram, global_step=step)
+
+    def _logged(self) -> dict[str, Logged]:
+        """The parameters to log now, by their names on the board.
+
+        Frozen parameters are left out, unless all are frozen, as those of an averaged model.
         """
-        found: dict[str, tuple[Tensor, Grouping | None, Tensor | None]] = {
-            place.name: (place.tensor, place.outputs if place.tensor.ndim > 1 else None, None)
-            for place in find_parameters(self.source, self.select)
+        if isinstance(self.source, ActivityPenalty):
+            return {}
+        found = {
+            use.name: Logged(use.tensor, use.outputs if use.tensor.ndim > 1 else None, None)
+            for use in find_parameters(self.source, self.select)
         }
         if not isinstance(self.source, Penalty):
             return found
@@ -182,56 +275,52 @@ class WeightLogger:
                 groups[id(term.tensor)] = None if isinstance(term.grouping, Elements) else term.grouping
             centers[id(term.tensor)] = term.center
         return {
-            name: (w, groups[id(w)] or outputs, centers[id(w)])
+            name: Logged(w, groups[id(w)] or outputs, centers[id(w)])
             for name, (w, outputs, _) in found.items()
             if id(w) in groups
         }
 
 
-def _write(
-    writer: SummaryWriter, step: int, lams: list[float], named: dict[str, Tensor], numbers: dict[str, Tensor]
-) -> None:
-    """Write the numbers of one step, by their tags; of the parameters, by name, they are the tallies."""
+def _weight_scalars(
+    numbers: dict[str, Tensor], logged: dict[str, Logged], weights: dict[str, Counts], nonzero: dict[str, Counts]
+) -> dict[str, float]:
+    """The scalars about the weights, by their tags."""
     scalars: dict[str, float] = {}
-    if lams:
-        value = numbers["penalty/value"]
-        scalars["penalty/value"] = value.item()
-        scalars |= {f"penalty/lam/{i}" if len(lams) > 1 else "penalty/lam": lam for i, lam in enumerate(lams)}
-        if "loss" in numbers:
-            scalars["penalty/ratio"] = (value / numbers["loss"]).item()
-        if "stationarity" in numbers:
-            scalars["penalty/stationarity"] = numbers["stationarity"].item()
-    zeros = elements = l1 = squares = 0.0
-    for name, w in named.items():
-        row = numbers[f"weights/{name}"]
-        counts, (total, modulus, square, highest, negated) = row[:-5], row[-5:].tolist()
-        nonfinite = counts[len(counts) // 2].item()
-        zero = numbers.get(f"zeros/{name}", counts[:1]).item()
-        if w.numel():
-            scalars[f"sparsity/{name}"] = zero / w.numel()
-        if f"dead_groups/{name}" in numbers:
-            scalars[f"dead_groups/{name}"] = numbers[f"dead_groups/{name}"].item()
-        if nonfinite:
-            scalars[f"nonfinite/{name}"] = nonfinite
-        zeros, elements = zeros + zero, elements + w.numel()
-        l1, squares = l1 + modulus, squares + square
-        if w.numel() > nonfinite:
-            limits, bins = histogram(counts, w.dtype)
-            # What is not finite was a 0 among them: then the bins tell where they end without it.
-            limits[0], limits[-1] = max(-negated, limits[0]), min(highest, limits[-1])
-            writer.add_histogram_raw(
-                f"weights/{name}",
-                min=limits[0],
-                max=limits[-1],
-                num=w.numel() - nonfinite,
-                sum=total,
-                sum_squares=square,
-                bucket_limits=limits,
-                bucket_counts=bins,
-                global_step=step,
-            )
+    elements = zeros = compared = flipped = 0.0
+    for name, (w, *_) in logged.items():
+        for tag in (f"dead_groups/{name}", f"multiplier/{name}"):
+            if tag in numbers:
+                scalars[tag] = numbers[tag].item()
+        if weights[name].nonfinite:
+            scalars[f"nonfinite/{name}"] = weights[name].nonfinite
+        if not w.numel():
+            continue
+        scalars[f"sparsity/{name}"] = nonzero[name].zeros / w.numel()
+        elements, zeros = elements + w.numel(), zeros + nonzero[name].zeros
+        if f"flipped/{name}" in numbers:
+            flips = numbers[f"flipped/{name}"].item()
+            scalars[f"flipped/{name}"] = flips / w.numel()
+            compared, flipped = compared + w.numel(), flipped + flips
     if elements:
-        scalars["sparsity/total"] = zeros / elements
-    scalars |= {"norm/l1": l1, "norm/l2": math.sqrt(squares)}
-    for tag, number in scalars.items():
-        writer.add_scalar(tag, number, step)
+        scalars["all/sparsity"] = scalars["sparsity/total"] = zeros / elements
+    if compared:
+        scalars["flipped/total"] = flipped / compared
+    if logged:
+        scalars["norm/l1"] = sum(counts.sums[1] for counts in weights.values())
+        scalars["norm/l2"] = math.sqrt(sum(counts.sums[2] for counts in weights.values()))
+    return scalars
+
+
+def _penalty_scalars(numbers: dict[str, Tensor], penalty: Penalty | ActivityPenalty) -> dict[str, float]:
+    """The scalars about the penalty, by their tags."""
+    value = numbers["penalty/value"]
+    lams = [float(group["lam"]) for group in penalty.param_groups]
+    scalars = {"penalty/value": value.item()}
+    scalars |= {f"penalty/lam/{i}" if len(lams) > 1 else "penalty/lam": lam for i, lam in enumerate(lams)}
+    if isinstance(penalty, ActivityPenalty) and penalty.lam:
+        scalars["penalty/activity"] = value.item() / penalty.lam
+    if "penalty/loss" in numbers:
+        scalars["penalty/ratio"] = (value / numbers["penalty/loss"]).item()
+    if "penalty/stationarity" in numbers:
+        scalars["penalty/stationarity"] = numbers["penalty/stationarity"].item()
+    return scalars

@@ -135,8 +135,8 @@ def test_of_a_penalty_its_value_its_lambda_and_its_parameters_are_written(board)
 def test_of_a_bare_model_all_parameters_are_written_and_no_penalty(board):
     log(board, nn.Linear(3, 4))
     assert board.tags() == {
-        *("weights/weight", "weights/bias", "sparsity/weight", "sparsity/bias"),
-        *("dead_groups/weight", "sparsity/total", "norm/l1", "norm/l2"),
+        *("weights/weight", "weights/bias", "nonzero/weight", "nonzero/bias", "sparsity/weight", "sparsity/bias"),
+        *("dead_groups/weight", "all/sparsity", "sparsity/total", "norm/l1", "norm/l2"),
     }
 
 

@@ -1,1 +1,1 @@
-"""Looking at weights: where they are in a model, their histograms."""
+"""Looking at weights: which parameters there are, their zeros and histograms, what an optimizer does to them."""

@@ -1,9 +1,10 @@
-"""The numbers of a tensor that a histogram needs, counted where it lies, in one pass and without a copy of it."""
+"""The histogram and the sums of a tensor, counted on its device in one pass and without a copy of it."""
 
 from __future__ import annotations
 
 import math
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,22 +13,18 @@ from ..distributed.reductions import reduce_shards
 from ..distributed.shards import local
 from ..groups.grouping import working_dtype
 
-__all__ = ["histogram"]
+__all__ = ["Counts", "flat_view", "histogram", "histogram_counts"]
 
 CPU_CHUNK = 1 << 17  # elements: 512 KiB of float32, within the second-level cache
 GPU_CHUNK = 1 << 22  # elements: enough to keep the device busy
 OCTAVE_BITS = 3  # 2**3 bins for each factor of 2: about as fine as TensorBoard draws the largest weights
+SUMS = 5  # how many numbers follow the bins in a row of `histogram_counts`
 
 
 def histogram_counts(w: Tensor) -> Tensor:
-    """All numbers that are wanted of `w`, over all ranks, on its device: the counts of the bins, and five more.
-
-    The bins: exact zeros; `w > 0` by size; NaN and infinities; `w < 0` by size. The others, of the finite elements:
-    sum, l1 norm, sum of squares, the largest, the largest of their negatives.
-    """
+    """The counts of the bins of `w` and five sums, over all ranks, as one row on its device; see `Counts`."""
     real, integer, shift = _layout(w.dtype)
-    flat = local(w)
-    flat = flat.permute(sorted(range(flat.ndim), key=flat.stride, reverse=True)).reshape(-1)  # channels_last: no copy
+    flat = flat_view(local(w))
     wide = torch.float32 if flat.device.type == "mps" else torch.float64  # there is no float64 on MPS
     bins = 1 << (8 * real.itemsize - shift)
     counts = torch.zeros(bins, dtype=torch.int64, device=flat.device)
@@ -40,8 +37,8 @@ def histogram_counts(w: Tensor) -> Tensor:
         # Adding 0.0 turns -0.0 into 0.0, so that afterwards -0.0 can stand for what is not finite.
         x = (x.abs() if x.is_complex() else x).to(real) + 0.0
         x.nan_to_num_(-0.0, -0.0, -0.0)
-        # The leading bits of a float, sign, exponent and some of the mantissa, are the number of its bin; rounded up,
-        # so that only zeros are in the first.
+        # The leading bits of a float (sign, exponent, some of the mantissa) are the number of its bin. They are rounded
+        # up, so that only zeros are in the first.
         index = x.view(integer).add((1 << shift) - 1).bitwise_right_shift_(shift).bitwise_and_(bins - 1)
         counts.index_add_(0, index, one.expand(len(index)))  # bincount would wait for a GPU
         lowest, highest = x.aminmax()
@@ -53,10 +50,59 @@ def histogram_counts(w: Tensor) -> Tensor:
     return torch.cat([counts.to(wide), sums, tops])
 
 
-def _layout(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype, int]:
-    """The dtype in which a weight is counted, the integer of its width, and by how much its bits are shifted."""
-    real = working_dtype(dtype)
-    return (real, torch.int64, 52 - OCTAVE_BITS) if real == torch.float64 else (real, torch.int32, 23 - OCTAVE_BITS)
+class Counts(NamedTuple):
+    """A row of `histogram_counts`, on the CPU.
+
+    Attributes:
+        bins: the counts of exact zeros; of `w > 0` by size; of NaN and infinities; of `w < 0` by size.
+        sums: of the finite elements: the sum, the l1 norm, the sum of squares, the largest, and the largest of their
+            negatives. What is not finite counts as 0.
+        dtype: that of the tensor.
+    """
+
+    bins: Tensor
+    sums: list[float]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, row: Tensor, dtype: torch.dtype) -> Counts:
+        """The parts of a row."""
+        return cls(row[:-SUMS], row[-SUMS:].tolist(), dtype)
+
+    @property
+    def zeros(self) -> float:
+        """How many elements are exactly zero."""
+        return self.bins[0].item()
+
+    @property
+    def nonfinite(self) -> float:
+        """How many elements are NaN or infinite."""
+        return self.bins[len(self.bins) // 2].item()
+
+    def without_zeros(self) -> Counts:
+        """Those of the elements that are not zero: all sums are the same."""
+        bins = self.bins.clone()
+        bins[0] = 0
+        return self._replace(bins=bins)
+
+    def histogram(self) -> dict[str, Any] | None:
+        """The arguments of `SummaryWriter.add_histogram_raw` for the finite elements; None if there are none."""
+        count = self.bins.sum().item() - self.nonfinite
+        if not count:
+            return None
+        total, _, squares, highest, negated = self.sums
+        limits, counts = histogram(self.bins, self.dtype)
+        # An element that is not finite, or that was left out, counted as 0: then the bins tell where the others end.
+        limits[0], limits[-1] = max(-negated, limits[0]), min(highest, limits[-1])
+        return {
+            **{"min": limits[0], "max": limits[-1], "num": count, "sum": total, "sum_squares": squares},
+            **{"bucket_limits": limits, "bucket_counts": counts},
+        }
+
+
+def flat_view(w: Tensor) -> Tensor:
+    """The elements of `w` in the order in which they lie in memory, so that channels_last is not copied."""
+    return w.permute(sorted(range(w.ndim), key=w.stride, reverse=True)).reshape(-1)
 
 
 def histogram(counts: Tensor, dtype: torch.dtype) -> tuple[list[float], list[float]]:
@@ -66,6 +112,12 @@ def histogram(counts: Tensor, dtype: torch.dtype) -> tuple[list[float], list[flo
     kept = counts > 0
     kept[:-1] |= kept[1:].clone()  # an empty bin before a full one tells where that begins
     return _limits(working_dtype(dtype))[kept].tolist(), counts[kept].tolist()
+
+
+def _layout(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype, int]:
+    """The dtype in which a weight is counted, the integer of its width, and by how much its bits are shifted."""
+    real = working_dtype(dtype)
+    return (real, torch.int64, 52 - OCTAVE_BITS) if real == torch.float64 else (real, torch.int32, 23 - OCTAVE_BITS)
 
 
 @cache

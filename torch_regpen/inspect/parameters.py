@@ -1,4 +1,4 @@
-"""Where in a model the weights stand, and which of their units are dead."""
+"""The parameters of a penalty or of a model, where they are used, and which of their units are dead."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ __all__ = ["ParameterUse"]
 
 
 class ParameterUse(NamedTuple):
-    """A parameter and where it stands: in several refs, if layers share it.
+    """A parameter and the places where it is used: several, if layers share it.
 
     Attributes:
-        name: its qualified name in the first of them; of a second model in a sum, with an underscore if it is taken.
+        name: its qualified name at the first of these places. If a parameter of another model in a sum has that name,
+            an underscore follows.
         tensor: the parameter.
-        refs: where it stands.
+        refs: the places.
     """
 
     name: str
@@ -37,32 +38,32 @@ class ParameterUse(NamedTuple):
         return grouping_of("output", self.refs[0], self.tensor.shape)
 
     def dead(self, grouping: Grouping | None = None) -> Tensor:
-        """A bool for each unit: whether its weights are all exactly zero. Units are the output units, or `grouping`."""
+        """Whether the weights of each unit are all exactly zero; units are the output units, or the given groups."""
         w, ref = self.tensor, self.refs[0]
         length = ref.length_of(self.name)
-        if length is not None:  # weight_norm: where the length is zero, the weight is
+        if length is not None:  # weight_norm: a weight whose length is zero is zero
             w = w.masked_fill(length == 0, 0)
         if grouping is not None:
             return zero_groups(w, grouping)
         dead = zero_groups(w, self.outputs)
         other = recurrent_partner(ref)
-        # A unit of a recurrent layer lives on what comes from the input, or from the step before.
+        # A unit of a recurrent layer is dead if it gets nothing from the input and nothing from the step before.
         return dead if other is None else dead & zero_groups(other, grouping_of("output", ref, other.shape))
 
 
 def find_parameters(
     source: Penalty | nn.Module, select: Select | None = None, default: Select = "all"
 ) -> list[ParameterUse]:
-    """The parameters of a penalty, or those of a model that `select` means, where they stand now.
+    """The parameters of a penalty, or those of a model that `select` chooses, looked up now.
 
     Args:
         source: the penalty, or the model.
-        select: as a penalty takes it.
-        default: what None means.
+        select: which parameters of a model, as a penalty takes it.
+        default: what `select=None` means.
 
     Raises:
-        TypeError: `source` is neither.
-        ValueError: `select` matches nothing, or is given beside a penalty.
+        TypeError: `source` is neither a penalty nor a model.
+        ValueError: `select` matches nothing, or is given with a penalty.
     """
     if not isinstance(source, nn.Module):
         raise TypeError(
@@ -81,12 +82,12 @@ def find_parameters(
     for selection in selections:
         selection.refresh()
         refs += selection.refs
-    stand_ins = unsharded_to_sharded()
+    sharded = unsharded_to_sharded()
     found: dict[int, ParameterUse] = {}
     taken: set[str] = set()
     for ref in refs:
-        for name, standing in ref.read():
-            tensor = stand_ins.get(id(standing), standing)
+        for name, registered in ref.read():
+            tensor = sharded.get(id(registered), registered)
             if id(tensor) not in found:
                 while name in taken:
                     name += "_"

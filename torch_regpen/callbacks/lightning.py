@@ -1,0 +1,65 @@
+"""LightningRegularizer: a callback for Lightning's Trainer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .regularizer import Regularizer
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+else:
+    try:
+        from lightning.pytorch import Callback
+    except ImportError:
+        from pytorch_lightning import Callback
+
+__all__ = ["LightningRegularizer"]
+
+
+class LightningRegularizer(Regularizer, Callback):
+    """Steps a schedule of lambda, freezes zeros and logs the weights, in Lightning's Trainer.
+
+    It acts after each step of the `RegularizedOptimizer` that `configure_optimizers` returns: batches whose gradients
+    are accumulated do not count, nor do steps that a GradScaler skips. It finds the optimizer by itself. Its state, the
+    number of steps and that of the schedule, is in Lightning's checkpoints, as is that zeros are frozen, in the state
+    of the optimizer.
+
+    Args:
+        optimizer: the optimizer to follow, where `configure_optimizers` returns several `RegularizedOptimizer`s.
+        schedule: a schedule of `torch_regpen.schedules`, or a callable that makes it from the optimizer, which is there
+            only when the training begins.
+        logger: a `WeightLogger`, or a callable that makes it from the optimizer. It gets the number of steps taken.
+        freeze_at: the number of steps after which `optimizer.freeze_zeros()` is called, 0 or more. Zeros then stay
+            frozen to the end.
+
+    Raises:
+        TypeError: an argument is none of these.
+        ValueError: `freeze_at` is negative; when the training begins, there is no `RegularizedOptimizer`, or several
+            and none was given, or the schedule was made for another.
+
+    Example:
+        >>> import lightning
+        >>> from torch_regpen.callbacks import LightningRegularizer
+        >>> from torch_regpen.schedules import TargetSparsity
+        >>> def schedule(optimizer):
+        ...     return TargetSparsity(optimizer, 0.9, steps=1000, freeze=True)
+        >>> trainer = lightning.Trainer(logger=False, callbacks=[LightningRegularizer(schedule=schedule)])
+    """
+
+    HOW = (
+        "let configure_optimizers return RegularizedOptimizer(optimizer, penalty, mode='proximal'), alone or as "
+        "{'optimizer': ...}, and give that one, or none, to the callback"
+    )
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Find the optimizer: a checkpoint has been loaded by now."""
+        self._attach(trainer.optimizers)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Let go of the optimizer."""
+        self._detach()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Let go of the optimizer."""
+        self._detach()

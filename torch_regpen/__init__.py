@@ -9,7 +9,6 @@ Example:
     >>> optimizer = torch_regpen.RegularizedOptimizer(sgd, penalty, "proximal")
 """
 
-from importlib import metadata as _metadata
 from typing import TYPE_CHECKING
 
 from . import functional, groups

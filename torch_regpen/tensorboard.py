@@ -271,9 +271,11 @@ class WeightLogger:
         groups: dict[int, Grouping | None] = {}
         centers: dict[int, Tensor | None] = {}
         for term in self.source.terms() or self.source.terms(frozen=True):
-            if groups.get(id(term.tensor)) is None:
-                groups[id(term.tensor)] = None if isinstance(term.grouping, Elements) else term.grouping
-            centers[id(term.tensor)] = term.center
+            spanned = term.joint is not None  # then the units of each tensor are its output units
+            for _, parameter in term.named_parameters:
+                if groups.get(id(parameter)) is None:
+                    groups[id(parameter)] = None if spanned or isinstance(term.grouping, Elements) else term.grouping
+                centers[id(parameter)] = term.center
         return {
             name: Logged(w, groups[id(w)] or outputs, centers[id(w)])
             for name, (w, outputs, _) in found.items()

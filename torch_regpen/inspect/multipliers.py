@@ -25,7 +25,7 @@ def multipliers(optimizer: RegularizedOptimizer) -> Iterator[tuple[Tensor, Tenso
     It is the optimizer's own step for a unit gradient, and in the dual mode the sum of all steps. Parameters without a
     gradient are left out, as are all, if there was no prox.
     """
-    if not optimizer.moves_by_prox or optimizer.zeros_are_frozen:
+    if optimizer.zeroing_penalty is None or optimizer.zeros_are_frozen:
         return
     wrapped = optimizer.optimizer
     has_state = optimizer.metric == "auto" and not isinstance(wrapped, SGD) and unsupported_reason(wrapped) is None

@@ -75,23 +75,18 @@ def find_parameters(
                 f"select={select!r} beside a penalty: it chooses among a model's parameters, and a penalty has chosen. "
                 "Give the model, or a penalty on those that you mean"
             )
-        selections = [selection for part in source.parts for selection in part._selections]
+        places = [place for part in source.parts for place in part.places()]
     else:
-        selections = [Selection(source, select, default=default)]
-    refs = []
-    for selection in selections:
-        selection.refresh()
-        refs += selection.refs
+        places = [(ref, *found) for ref in Selection(source, select, default=default).refs for found in ref.read()]
     sharded = unsharded_to_sharded()
     found: dict[int, ParameterUse] = {}
     taken: set[str] = set()
-    for ref in refs:
-        for name, registered in ref.read():
-            tensor = sharded.get(id(registered), registered)
-            if id(tensor) not in found:
-                while name in taken:
-                    name += "_"
-                taken.add(name)
-                found[id(tensor)] = ParameterUse(name, tensor, [])
-            found[id(tensor)].refs.append(ref)
+    for ref, name, registered in places:
+        tensor = sharded.get(id(registered), registered)
+        if id(tensor) not in found:
+            while name in taken:
+                name += "_"
+            taken.add(name)
+            found[id(tensor)] = ParameterUse(name, tensor, [])
+        found[id(tensor)].refs.append(ref)
     return list(found.values())

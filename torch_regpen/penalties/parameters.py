@@ -137,6 +137,15 @@ class PenalizedParameters(nn.Module):
         for terms in by_tensor(self.terms()):
             yield from terms[0].named_parameters
 
+    def places(self) -> Iterator[tuple[ParameterRef, str, Tensor]]:
+        """Each place in a model where a parameter is used, its name there, and the parameter; frozen ones included."""
+        for selection in self._selections:
+            selection.refresh()
+        for ref in self._refs():
+            here = ref.read() if self._units is None else ((name, tensor) for _, name, tensor in ref.tensors())
+            for name, tensor in here:
+                yield ref, name, tensor
+
     def restricted_to(self: Self, optimizer: torch.optim.Optimizer) -> Self:
         """The same penalty, with shared lambdas, on the parameters that `optimizer` owns.
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from copies import LargestCopy
+from helpers.operations import LargestCopy
 from torch import nn, optim
 from torch._subclasses import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh

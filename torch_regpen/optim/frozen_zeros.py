@@ -20,7 +20,7 @@ from ..ops.batches import TensorBatch
 from ..ops.terms import Term
 from .dual_averaging import GAP, STEPS
 
-__all__ = ["OWN", "SURVIVORS", "FrozenZeros"]
+__all__ = ["FrozenZeros", "restore_own_state"]
 
 FROZEN = "zeros_frozen"  # key in a param_group, if its zeros are frozen
 SURVIVORS = "survivors"  # in the state of a parameter: a mask, False where the weight is held at zero
@@ -179,3 +179,15 @@ def all_zero(parameter: Tensor) -> bool:
 def _center(terms: list[Term]) -> Tensor | None:
     """The center at which the terms of a parameter hold elements; None for zero."""
     return next((term.center for term in terms if term.linear or term.penalty.coefficients is None), None)
+
+
+def restore_own_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Load gaps, sums of steps and masks in their own dtypes; torch.optim has cast them to that of the parameter."""
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    for key, tensor in zip(keys, tensors, strict=True):
+        saved = state_dict["state"].get(key, {})
+        for name in OWN:
+            if name in saved:
+                dtype = torch.bool if name == SURVIVORS else saved[name].dtype
+                optimizer.state[tensor][name] = saved[name].to(tensor.device, dtype, copy=True)

@@ -20,7 +20,7 @@ from ..utils import warn
 from . import dual_averaging
 from .applied import AppliedPenalty
 from .delegation import WrappingOptimizer
-from .frozen_zeros import OWN, SURVIVORS, FrozenZeros
+from .frozen_zeros import FrozenZeros, restore_own_state
 from .hooks import hooked, updated
 from .modes import MODES, Proximal
 from .step_size import Metric
@@ -273,14 +273,7 @@ class RegularizedOptimizer(WrappingOptimizer):
         """Load a state dict of the wrapped optimizer, including gaps, sums of steps and frozen zeros if it has them."""
         self.optimizer.load_state_dict(state_dict)
         self._zeros = FrozenZeros(self.optimizer)
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
-        for key, tensor in zip(keys, tensors, strict=True):
-            saved = state_dict["state"].get(key, {})
-            for name in OWN:  # torch.optim casts state to the dtype of the parameter; undo it
-                if name in saved:
-                    dtype = torch.bool if name == SURVIVORS else saved[name].dtype
-                    self.state[tensor][name] = saved[name].to(tensor.device, dtype, copy=True)
+        restore_own_state(self.optimizer, state_dict)
         dual_averaging.drop_others(list(self.state.values()), keep=self.averages)
 
     def __repr__(self) -> str:

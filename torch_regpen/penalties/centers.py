@@ -12,7 +12,7 @@ from ..distributed.shards import full_tensor, shard_like
 from ..groups import Elements, Grouping, SingularValues
 from .lookup import ParameterRef, spellings
 
-__all__ = ["center_sums", "checked_center", "checked_weights", "entries_by_parameter", "stored_for"]
+__all__ = ["center_sums", "check_center", "checked_center", "checked_weights", "entries_by_parameter", "stored_for"]
 
 
 def entries_by_parameter(
@@ -110,3 +110,13 @@ def center_sums(refs: Iterable[ParameterRef]) -> Tensor:
         sums += torch.stack([x.sum(), x.square().sum()]).cpu()
     sums[1] = sums[1].sqrt()
     return sums
+
+
+def check_center(saved: Tensor, refs: Iterable[ParameterRef]) -> None:
+    """Raise `ValueError` where the checksum of a saved center is not that of the centers at `refs`."""
+    now = center_sums(refs)
+    if not torch.allclose(saved, now, rtol=0, atol=1e-6 * max(float(now[1]), 1e-30)):
+        raise ValueError(
+            "the penalty was saved with another center than it has now: center='initial' means the weights at its "
+            "construction, not those that are loaded later. Give center= the state dict that it began from"
+        )

@@ -8,13 +8,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..distributed.shards import DTensor
-from ..groups import Coupled
+from ..groups import Coupled, Grouping, Slices
 from ..ops.terms import Joint
+from ..utils import warn
 from .coupling import UnitSet, coupled_units
 from .lookup import ParameterRef, Structure
 from .rules import is_weight
+from .selection import Selection, owned_ids
 
 __all__ = ["CoupledUnits"]
+
+LEFT_OUT = "select leaves out"
 
 
 class CoupledUnits:
@@ -41,34 +45,65 @@ class CoupledUnits:
             self._structure, self._shapes = Structure(model), shapes
         return self._sets
 
-    def selected(
-        self, selected: list[ParameterRef], every: list[ParameterRef]
-    ) -> Iterator[tuple[UnitSet, list[ParameterRef]]]:
-        """Yield each set of units whose weights are all selected, with the locations of its parameters.
+    def grouping(self, scale: bool) -> Grouping:
+        """A group for each row of the matrix of a set of units."""
+        return Slices(0, scale=scale and self._coupled.scale)
+
+    def joints(self, selection: Selection, frozen: bool) -> Iterator[tuple[str, Joint]]:
+        """The name and the tensors of each set of units whose weights are all selected.
 
         Args:
-            selected: the locations of the selected parameters.
-            every: the locations of all parameters of the model.
+            selection: the selected parameters. If it is restricted to an optimizer, the optimizer must own all tensors.
+            frozen: include sets with frozen parameters.
+        """
+        owned = None if selection.optimizer is None else owned_ids(selection.optimizer)
+        for units, refs in self._selected(selection):
+            joint = joint_of(units, refs)
+            if not frozen and not all(parameter.requires_grad for parameter in joint.parameters):
+                continue
+            if owned is None or owned.issuperset(map(id, joint.parameters)):
+                yield units.name, joint
+
+    def refs(self, selection: Selection) -> list[ParameterRef]:
+        """The locations of all parameters of these sets."""
+        return list(dict.fromkeys(ref for _, refs in self._selected(selection) for ref in refs))
+
+    def warn_about_parts(self) -> None:
+        """Warn where only a part of the weights of some units is selected, so that they are not penalized."""
+        partly = [f"{name}: {reason}" for name, reason in self._coupled.left.items() if reason.endswith(LEFT_OUT)]
+        if partly:
+            warn(f"some units are not penalized because only a part of their weights is selected: {'; '.join(partly)}")
+
+    def refuse_nothing(self, selections: list[Selection]) -> None:
+        """Raise `ValueError` where no set of units is selected, but for a penalty that an optimizer restricts."""
+        if not any(selection.optimizer for selection in selections):
+            raise ValueError(
+                f"no unit of {type(self._coupled.model).__name__} can be penalized. Layers that are left, and why: "
+                f"{self._coupled.left}"
+            )
+
+    def _selected(self, selection: Selection) -> Iterator[tuple[UnitSet, list[ParameterRef]]]:
+        """The sets of units whose weights are all selected, with the locations of their parameters.
 
         Raises:
             ValueError: a parameter of the units is not in the penalized module.
         """
-        refs = {(ref.owner, ref.key): ref for ref in every}
-        chosen = {(ref.owner, ref.key) for ref in selected}
+        refs = {(ref.owner, ref.key): ref for ref in selection.every}
+        chosen = {(ref.owner, ref.key) for ref in selection.refs}
         for units in self.sets():
             places = [(member.module, member.key) for member in units.members]
-            missing = [member.key for member, place in zip(units.members, places, strict=True) if place not in refs]
+            missing = [key for module, key in places if (module, key) not in refs]
             if missing:
                 raise ValueError(
                     f"the units of {units.name!r} have parameters that are not in the penalized module: {missing}. "
-                    "Pass the same model to Coupled and to the penalty"
+                    "Give Coupled the model that the penalty is on"
                 )
             weights = [place for place in places if _is_weight(refs[place], place[1])]
             if chosen.issuperset(weights):
                 yield units, [refs[place] for place in places]
             elif not chosen.isdisjoint(weights):
                 others = ", ".join(refs[place].name for place in weights if place not in chosen)
-                self._coupled.left[units.name] = f"its units are also written by {others}, which select leaves out"
+                self._coupled.left[units.name] = f"its units are also written by {others}, which {LEFT_OUT}"
 
 
 def joint_of(units: UnitSet, refs: list[ParameterRef]) -> Joint:

@@ -11,17 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.fsdp import unsharded_to_sharded
-from ..groups import Coupled, Grouping, Groups, Heads, Slices
+from ..groups import Coupled, Grouping, Groups, Heads
 from ..ops.batches import TensorBatch, batches
 from ..ops.terms import Term, by_tensor
-from ..utils import warn
 from .cache import TermCache
-from .centers import center_sums, checked_center, checked_weights, entries_by_parameter, stored_for
-from .joint import CoupledUnits, joint_of
+from .centers import center_sums, check_center, checked_center, checked_weights, entries_by_parameter, stored_for
+from .joint import CoupledUnits
 from .lookup import ParameterRef
 from .param_groups import ParamGroup, as_param_groups, checked_lam
 from .rules import Params, Select
-from .selection import Selection, owned_ids
+from .selection import Selection
 from .units import grouping_of
 
 __all__ = ["PenalizedParameters"]
@@ -67,8 +66,8 @@ class PenalizedParameters(nn.Module):
         self._centered = False
         self._cache = TermCache()
         self.terms(frozen=True)  # raises if a parameter cannot be divided into its groups
-        if isinstance(groups, Coupled):
-            _warn_about_part_of_a_unit(groups)
+        if self._units is not None:
+            self._units.warn_about_parts()
         if center is not None:
             self._take_center(center)
         if weights is not None:
@@ -179,12 +178,7 @@ class PenalizedParameters(nn.Module):
         """
         groups = len(self.param_groups)
         if self._centered and len(state) == groups + 2:
-            saved, now = state[groups:].cpu(), center_sums(self._refs())
-            if not torch.allclose(saved, now, rtol=0, atol=1e-6 * max(float(now[1]), 1e-30)):
-                raise ValueError(
-                    "the penalty was saved with another center than it has now: center='initial' means the weights at "
-                    "construction, not those loaded later. Pass as center= the state dict that training started from"
-                )
+            check_center(state[groups:].cpu(), self._refs())
             state = state[:groups]
         lams = state.tolist()
         if len(lams) != groups:
@@ -201,10 +195,7 @@ class PenalizedParameters(nn.Module):
         return [ref for selection in self._selections for ref in self._refs_of(selection)]
 
     def _refs_of(self, selection: Selection) -> list[ParameterRef]:
-        if self._units is None:
-            return selection.refs
-        found = [ref for _, refs in self._units.selected(selection.refs, selection.every) for ref in refs]
-        return list(dict.fromkeys(found))
+        return selection.refs if self._units is None else self._units.refs(selection)
 
     def _cache_key(self) -> list[Any]:
         """What the terms depend on, beside the parameters: all attributes, and what is selected."""
@@ -248,22 +239,14 @@ class PenalizedParameters(nn.Module):
 
     def _joint_terms(self, penalty: Any, units: CoupledUnits, frozen: bool) -> list[Term]:
         """The terms of groups that span tensors: one matrix, with a row for each unit, per set of units."""
-        grouping = Slices(0, scale=self.scale and self.groups.scale)  # type: ignore[union-attr]
-        found = []
-        for group, selection in zip(self.param_groups, self._selections, strict=True):
-            owned = None if selection.optimizer is None else owned_ids(selection.optimizer)
-            for unit_set, refs in units.selected(selection.refs, selection.every):
-                joint = joint_of(unit_set, refs)
-                if not frozen and not all(parameter.requires_grad for parameter in joint.parameters):
-                    continue
-                if owned is not None and not owned.issuperset(map(id, joint.parameters)):
-                    continue
-                for part, factor in self.factors(grouping):
-                    found.append(Term(unit_set.name, joint.placeholder, penalty, part, group, factor, joint=joint))
-        if not found and frozen and not any(selection.optimizer for selection in self._selections):
-            raise ValueError(
-                f"no unit of {type(self.groups.model).__name__} can be penalized: {self.groups.left}"  # type: ignore[union-attr]
-            )
+        found = [
+            Term(name, joint.placeholder, penalty, part, group, factor, joint=joint)
+            for group, selection in zip(self.param_groups, self._selections, strict=True)
+            for name, joint in units.joints(selection, frozen)
+            for part, factor in self.factors(units.grouping(self.scale))
+        ]
+        if not found and frozen:
+            units.refuse_nothing(self._selections)
         return found
 
     def _terms_of(
@@ -304,9 +287,3 @@ class PenalizedParameters(nn.Module):
         except ValueError as error:
             raise ValueError(f"parameter {name!r}: {error}") from None
         return grouping
-
-
-def _warn_about_part_of_a_unit(coupled: Coupled) -> None:
-    partly = [f"{name}: {reason}" for name, reason in coupled.left.items() if reason.endswith("select leaves out")]
-    if partly:
-        warn(f"these units are not penalized, because select chooses only some of their weights: {'; '.join(partly)}")

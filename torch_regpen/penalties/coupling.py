@@ -7,7 +7,7 @@ tried out on the model before it is returned.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 
 from .coupling_graph import Flow, Row, copied_buffers, tensors_in
-from .coupling_layers import Slices, columns, head_of_rows, inner_columns, out_index, rows
+from .coupling_layers import Slices, columns, head_of_rows, inner_columns, rows
 from .lookup import all_refs
 from .units import MULTIPLYING
 
@@ -27,7 +26,7 @@ __all__ = ["Slices", "UnitSet", "coupled_units"]
 
 INPUT = "input"
 _Part = tuple[nn.Module, str]
-Inputs = Tensor | Iterable[Any] | Mapping[str, Any]
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +61,8 @@ def coupled_units(model: nn.Module, example_inputs: Inputs) -> tuple[list[UnitSe
     it is read, and that the outputs of the model depend on a unit through its readers alone.
 
     Args:
-        model: the model, which stays as it is: its mode, gradients, buffers and hooks. It runs in eval mode.
+        model: the model, which stays as it is: its mode, gradients, buffers and hooks. It runs in eval mode, several
+            times for each set, and with a copy of its parameters.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
 
     Returns:
@@ -70,15 +70,24 @@ def coupled_units(model: nn.Module, example_inputs: Inputs) -> tuple[list[UnitSe
 
     Raises:
         ImportError: Torch-Pruning is not installed.
+        TypeError: the example inputs are neither a tensor, a tuple nor a dict.
         ValueError: the model has lazy parameters that were not initialized.
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise ValueError(f"parameter {name!r} is not initialized yet; run the model once on a batch")
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
     if isinstance(example_inputs, Mapping):
-        args, kwargs = (), dict(example_inputs)
+        kwargs = dict(example_inputs)
+    elif isinstance(example_inputs, list | tuple):
+        args = tuple(example_inputs)
+    elif isinstance(example_inputs, Tensor):
+        args = (example_inputs,)
     else:
-        args, kwargs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs), {}
+        what = type(example_inputs).__name__
+        raise TypeError(f"example_inputs must be a tensor, a tuple or a dict, not {what}")
     with _unchanged(model):
         return _Coupling(model, args, kwargs).sets()
 
@@ -108,8 +117,9 @@ class _Coupling:
         inside = {module.out_proj for module in self.names if isinstance(module, nn.MultiheadAttention)}
         self.parts = {(m, part): cuts for m in self.names if m not in inside for part, cuts in rows(m).items() if cuts}
         for (owner, key), dim in self.flow.parameters.items():
-            n = owner._parameters[key].shape[dim]
-            self.parts[owner, key] = [Slices(owner, key, dim, torch.arange(n).unsqueeze(1))]
+            if not isinstance(owner, MULTIPLYING):
+                n = getattr(owner, key).shape[dim]
+                self.parts[owner, key] = [Slices(owner, key, dim, torch.arange(n).unsqueeze(1))]
         self.order = {part: place for place, part in enumerate(self.parts)}
         refs = (ref for ref in all_refs(model) if ref.key == "weight" and (ref.owner, "") in self.parts)
         self.heads = {ref.owner: heads for ref in refs if (heads := head_of_rows(ref))}
@@ -144,7 +154,7 @@ class _Coupling:
         found: dict[Row, _Unit] = defaultdict(lambda: _Unit([], {}, set()))
         every = [Row(*part, index) for part, cuts in self.parts.items() for index in range(len(cuts[0].index))]
         for row in every:
-            head = (row.layer, self.heads[row.layer][row.index]) if row.layer in self.heads else row
+            head = (row.layer, self.heads[row.layer][row.unit]) if row.layer in self.heads else row
             self.flow.join(first.setdefault(head, row), row)
         readers: dict[tuple[nn.Module, int], Row] = {}
         for row, read in self.flow.readers.items():
@@ -160,7 +170,7 @@ class _Coupling:
         return [unit for unit in found.values() if any(self._writes(row[:2]) for row in unit.rows)]
 
     def _place(self, row: Row) -> tuple[int, int]:
-        return self.order[row[:2]], row.index
+        return self.order[row[:2]], row.unit
 
     def _writes(self, part: tuple[nn.Module, str]) -> bool:
         """Whether a part of a layer has rows, and not only scales and shifts."""
@@ -169,20 +179,17 @@ class _Coupling:
     def _reason(self, unit: _Unit) -> str | None:
         """Why a unit cannot be taken out, as far as the graph says."""
         if any(row.layer not in self.flow.layers for row in unit.rows if row[:2] not in self.flow.parameters):
-            return "the forward pass in eval mode does not go through it"
+            return "the forward pass in eval mode does not call it"
         if "output" in unit.marks:
             return "its units are outputs of the model"
         norm = next((mark for mark in unit.marks if isinstance(mark, nn.Module)), None)
         if norm is not None:
             return f"{self.names[norm]} ({type(norm).__name__}) takes the mean over its units"
-        for cut in (cut for row in unit.rows for cut in self.parts[row[:2]]):
-            reason = self._special(cut)
-            if reason:
-                return reason
-        for cut in (cut for row in unit.readers for cut in _columns(row.layer, row.part)):
-            reason = self._special(cut)
-            if reason:
-                return reason
+        cuts = [cut for row in unit.rows for cut in self.parts[row[:2]]]
+        cuts += [cut for row in unit.readers for cut in _columns(row.layer, row.part)]
+        reason = next(filter(None, map(self._obstacle, cuts)), None)
+        if reason is not None:
+            return reason
         writers = Counter(row[:2] for row in unit.rows if self._writes(row[:2]))
         if "attention" in unit.marks:
             if not all(layer in self.heads for layer, _ in writers):
@@ -191,7 +198,7 @@ class _Coupling:
             return "its units can only leave all together"
         return None if unit.readers else "no layer was found that reads its units"
 
-    def _special(self, cut: Slices) -> str | None:
+    def _obstacle(self, cut: Slices) -> str | None:
         """Why a parameter cannot be cut."""
         parameter = cut.module._parameters.get(cut.key)
         name = f"{self.names[cut.module]}.{cut.key}"
@@ -200,17 +207,20 @@ class _Coupling:
         return f"{name} is a parameter of several layers" if self.uses[parameter] > 1 else None
 
     def _set(self, units: list[_Unit]) -> UnitSet:
-        def together(rows_of_units: list[list[Row]], cuts_of: Callable[[_Part], list[Slices]]) -> tuple[Slices, ...]:
-            found = []
-            for part in dict.fromkeys(row[:2] for row in rows_of_units[0]):
-                index = torch.tensor([[row.index for row in rows if row[:2] == part] for rows in rows_of_units])
-                cuts = cuts_of(part)
-                found += [Slices(cut.module, cut.key, cut.dim, cut.index[index].flatten(1)) for cut in cuts]
-            return tuple(found)
+        def together(units: list[Iterable[Row]], cuts_of: Callable[[_Part], list[Slices]]) -> tuple[Slices, ...]:
+            by_part: dict[_Part, list[list[int]]] = defaultdict(lambda: [[] for _ in units])
+            for place, unit in enumerate(units):
+                for row in unit:
+                    by_part[row[:2]][place].append(row.unit)
+            return tuple(
+                Slices(cut.module, cut.key, cut.dim, cut.index[torch.tensor(indices)].flatten(1))
+                for part, indices in by_part.items()
+                for cut in cuts_of(part)
+            )
 
         first = next(row[:2] for row in units[0].rows if self._writes(row[:2]))
         members = together([unit.rows for unit in units], lambda part: self.parts[part])
-        readers = together([[*unit.readers] for unit in units], lambda part: _columns(*part))
+        readers = together([unit.readers for unit in units], lambda part: _columns(*part))
         return UnitSet(self._name(first), members, readers)
 
     def _name(self, part: _Part) -> str:
@@ -219,11 +229,10 @@ class _Coupling:
     def _left(self, reasons: Mapping[_Part, Counter[str]]) -> dict[str, str]:
         left = {}
         for module, name in self.names.items():
-            for part in self.parts:
-                if part[0] is module and self._writes(part):
-                    why = [reason for reason in reasons[part] if reason]
-                    if why:
-                        left[self._name(part)] = ("in part: " if reasons[part][""] else "") + "; ".join(why)
+            for part in (part for part in self.parts if part[0] is module and self._writes(part)):
+                why = [reason for reason in reasons[part] if reason]
+                if why:
+                    left[self._name(part)] = ("in part: " if reasons[part][""] else "") + "; ".join(why)
             known = rows(module) or ".parametrizations." in f".{name}."
             for key, parameter in module._parameters.items():
                 if parameter is not None and parameter.ndim > 1 and not known and (module, key) not in self.parts:
@@ -248,14 +257,15 @@ class _Probe:
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.model, self.args, self.kwargs = model, args, kwargs
         self.random = torch.Generator().manual_seed(0)
-        self.names = {}
-        self.state = copied_buffers(model)
-        for module_name, module in model.named_modules():
-            for key, parameter in module._parameters.items():
-                if parameter is not None:
-                    name = f"{module_name}.{key}".lstrip(".")
-                    self.names[module, key] = name
-                    self.state[name] = self._random_like(parameter) if ".original" not in name else parameter.detach()
+        self.names = {
+            (module, key): f"{name}.{key}".lstrip(".")
+            for name, module in model.named_modules()
+            for key in module._parameters
+        }
+        new = {p: p.detach() if ".original" in name else self._random_like(p) for name, p in model.named_parameters()}
+        self.state = {name: new[p] for name, p in model.named_parameters(remove_duplicate=False)}
+        for name, buffer in copied_buffers(model).items():  # what holds for fresh running means has to hold for others
+            self.state[name] = self._random_like(buffer) if name.endswith("running_mean") else buffer
 
     def objection(self, units: UnitSet) -> str | None:
         """Why a random half of the units cannot be taken out, if so."""
@@ -277,8 +287,8 @@ class _Probe:
                 name = self.names[part.module, part.key]
                 value = state[name] = state[name].clone()
                 index = part.index[chosen].flatten().to(value.device)
-                new = self._random_like(value.index_select(part.dim, index)) if random else 0.0
-                value.index_fill_(part.dim, index, 0.0) if not random else value.index_copy_(part.dim, index, new)
+                new = value.index_select(part.dim, index)
+                value.index_copy_(part.dim, index, self._random_like(new) if random else torch.zeros_like(new))
         with torch.random.fork_rng(devices=_cuda_devices(self.model)):  # each run draws the same numbers
             return list(tensors_in(functional_call(self.model, state, self.args, self.kwargs)))
 
@@ -296,11 +306,11 @@ class _Probe:
 
 def _equal(one: list[Tensor], other: list[Tensor]) -> bool:
     """Whether outputs are equal to rounding: a product with zero is zero, so that differences come from the device."""
-    return all(
-        torch.allclose(a, b, rtol=0.0, atol=64 * torch.finfo(a.dtype).eps * float(a.abs().max()), equal_nan=True)
-        for a, b in zip(one, other, strict=True)
-        if a.numel()
-    )
+    for a, b in zip(one, other, strict=True):
+        largest = float(a[a.isfinite()].abs().max()) if bool(a.isfinite().any()) else 0.0
+        if not torch.allclose(a, b, rtol=0.0, atol=64 * torch.finfo(a.dtype).eps * largest, equal_nan=True):
+            return False
+    return True
 
 
 def _cuda_devices(model: nn.Module) -> list[torch.device]:
@@ -311,6 +321,7 @@ def _cuda_devices(model: nn.Module) -> list[torch.device]:
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Within it the model is in eval mode and all its parameters have gradients; afterwards all is as before."""
     training = {module: module.training for module in model.modules()}
+    hooks = {module: dict(module._forward_hooks) for module in training}
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     model.eval()
     for p in frozen:
@@ -323,3 +334,5 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(False)
         for module, mode in training.items():
             module.training = mode
+            for key in module._forward_hooks.keys() - hooks[module].keys():  # left where the forward pass failed
+                del module._forward_hooks[key]

@@ -34,7 +34,7 @@ class Row(NamedTuple):
 
     layer: nn.Module
     part: str
-    index: int
+    unit: int
 
 
 Labels = Sequence[Row | None]  # the row that wrote each unit of a result; None where no layer did
@@ -51,16 +51,19 @@ class Flow:
     """
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        owners = {p: (m, key) for m in model.modules() for key, p in m._parameters.items() if p is not None}
+        owners: dict[Tensor, tuple[nn.Module, str]] = {
+            p: (m, key) for m in model.modules() for key, p in m._parameters.items() if p is not None
+        }
         nodes, dims, returned, self._shapes = _trace(model, args, kwargs)
-        self.layers = {layer for layer in nodes if isinstance(layer, nn.Module) and port_widths(layer)}
+        widths = {layer: width for layer in nodes if (width := port_widths(layer)) is not None}
+        self.layers = set(widths)
         self.parameters = {owners[p]: dim for p, dim in dims if p in nodes}
         self.readers: dict[Row, list[tuple[nn.Module, int]]] = defaultdict(list)
         self.marks: dict[Row, set[Any]] = defaultdict(set)
         self._parent: dict[Row, Row] = {}
         self._labels: dict[Any, Labels] = {}
-        for layer in self.layers:
-            self._labels[layer] = [Row(layer, *out_index(layer, unit)) for unit in range(port_widths(layer)[0])]
+        for layer, (written, _) in widths.items():
+            self._labels[layer] = [Row(layer, *out_index(layer, unit)) for unit in range(written)]
         for p in (p for p, _ in dims if p in nodes):
             self._labels[p] = [Row(*owners[p], index) for index in range(p.shape[self.parameters[owners[p]]])]
         operations = [node for layer, node in nodes.items() if layer not in self._labels]
@@ -103,7 +106,7 @@ class Flow:
         else:
             for unit, (label, row) in enumerate(zip(labels, own, strict=False)):
                 self.join(row, label)
-                if isinstance(layer, nn.PReLU):
+                if isinstance(layer, nn.PReLU) and row is not None:
                     self.readers[row].append((layer, unit))
         if isinstance(layer, nn.LayerNorm) or (
             isinstance(layer, nn.GroupNorm) and layer.num_groups != layer.num_channels
@@ -115,9 +118,7 @@ class Flow:
         found: list[Labels] = []
         inputs = iter(node.inputs)
         for grad_fn, number in node.grad_fn.next_functions:
-            is_leaf = grad_fn is None or (
-                "AccumulateGrad" in grad_fn.name() and grad_fn.variable not in self._labels
-            )
+            is_leaf = grad_fn is None or ("AccumulateGrad" in grad_fn.name() and grad_fn.variable not in self._labels)
             source = None if is_leaf else next(inputs, None)
             found.append(self._chunk(source, number) if source is not None else [])
         return [*found, *(self._chunk(source, 0) for source in inputs)]  # of a layer that is used several times
@@ -130,9 +131,9 @@ class Flow:
         shape = fn._saved_self_sym_sizes
         if shape[_signed(fn._saved_dim, len(shape))] != len(labels):
             return labels
-        sizes = getattr(fn, "_saved_split_sizes", None)
-        start, size = (sum(sizes[:number]), sizes[number]) if sizes else (number * fn._saved_split_size, fn._saved_split_size)
-        return labels[start : start + size]
+        sizes = getattr(fn, "_saved_split_sizes", None) or [fn._saved_split_size] * (number + 1)
+        start = sum(sizes[:number])
+        return labels[start : start + sizes[number]]
 
     def _through(self, node: Any) -> Labels:
         """The labels of what an operation puts out."""
@@ -140,9 +141,11 @@ class Flow:
         name, shapes = fn.name(), self._shapes.get(fn)
         if name.startswith("Cat") and shapes is not None:
             dim = _signed(fn._saved_dim, len(shapes.out))
-            sizes = [shape[dim] for shape in shapes.given]
+            sizes = [shape[dim] if len(shape) == len(shapes.out) else 0 for shape in shapes.given]  # 0: an empty tensor
             if all(len(labels) in (0, size) for labels, size in zip(inputs, sizes, strict=True)):
                 return [each for labels, size in zip(inputs, sizes, strict=True) for each in labels or [None] * size]
+        if name.startswith("ScaledDotProduct") and shapes is not None:  # keys and values may have fewer heads
+            inputs = [_repeat_heads(labels, math.prod(shapes.out[1::2]), shapes.out[-1]) for labels in inputs]
         labels = self._merge(inputs)
         if not labels:
             return labels
@@ -170,9 +173,7 @@ class Flow:
             size = n // after[1]
             return self._fold(labels, [list(range(unit * size, (unit + 1) * size)) for unit in range(after[1])])
         if len(before) == len(after) == 5 and before[2] == 1 and before[1] * before[-1] == n:
-            size = before[-1]
-            heads = [labels[head * size : (head + 1) * size] for head in range(before[1])]
-            return [label for head in heads for _ in range(after[2]) for label in head]
+            return _repeat_heads(labels, n * after[2], before[-1])
         return labels
 
     def _fold(self, labels: Labels, together: list[list[int]]) -> Labels:
@@ -186,12 +187,20 @@ class Flow:
         n = max(map(len, inputs), default=0)
         merged: list[Row | None] = [None] * n
         for labels in inputs:
-            if len(labels) < n and labels and labels[0] is not None and (labels[0][:2] in self.parameters):
-                continue  # a parameter that lies along another dimension
+            if len(labels) < n:
+                continue  # none, or units that lie along another dimension
             for unit, label in enumerate(labels):
                 self.join(merged[unit], label)
                 merged[unit] = merged[unit] or label
         return merged
+
+
+def _repeat_heads(labels: Labels, n: int, size: int) -> Labels:
+    """The labels of heads of this size, each repeated so that there are `n` labels."""
+    if not labels or n % len(labels) or len(labels) % size:
+        return labels
+    starts = range(0, len(labels), size)
+    return [label for start in starts for _ in range(n // len(labels)) for label in labels[start : start + size]]
 
 
 class _Shapes(NamedTuple):
@@ -209,8 +218,9 @@ class _RecordShapes(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor) and out.grad_fn is not None:
-            given = (args[0] if args else (kwargs or {}).get("tensors")) if "cat" in getattr(func, "__name__", "") else ()
-            self.shapes[out.grad_fn] = _Shapes(tuple(out.shape), [tuple(t.shape) for t in given])
+            is_cat = getattr(func, "__name__", "") in ("cat", "concat", "concatenate")
+            given: Any = [*args, *(kwargs or {}).values()][0] if is_cat else ()
+            self.shapes[out.grad_fn] = _Shapes(tuple(out.shape), [tuple(tensor.shape) for tensor in given])
         return out
 
 
@@ -226,7 +236,8 @@ def _trace(
             self.nodes = dict(module2node)
             module2node.clear()  # so that nothing more is made of it
 
-    record, returned = _RecordShapes(), set()
+    record = _RecordShapes()
+    returned: set[Any] = set()
 
     def forward(model: nn.Module, _: Any) -> list[Tensor]:
         with record:
@@ -235,7 +246,7 @@ def _trace(
         returned.update(tensor.grad_fn for tensor in tensors)
         return tensors
 
-    opaque = [module for module in model.modules() if isinstance(module, OPAQUE)]
+    opaque: list[nn.Module] = [module for module in model.modules() if isinstance(module, OPAQUE)]
     custom = {type(module): None for module in model.modules() if isinstance(module, OPAQUE + transformers_conv1d())}
     graph = Graph()
     with _as_one_operation(opaque):
@@ -294,14 +305,14 @@ def _as_one_operation(modules: list[nn.Module]) -> Iterator[None]:
         return run
 
     for module in modules:
-        module.forward = stand_in(module.forward)  # type: ignore[method-assign]
+        module.forward = stand_in(module.forward)
     try:
         yield
     finally:
         for module, forward in before.items():
             del module.forward
             if forward is not None:
-                module.forward = forward  # type: ignore[method-assign]
+                module.forward = forward
 
 
 def _replace(value: Any, tensors: Iterator[Tensor]) -> Any:

@@ -84,7 +84,8 @@ def columns(module: nn.Module) -> list[Slices]:
         return [found for key in first for found in _cut(layer, key, 1, module.input_size)]
     if isinstance(module, nn.MultiheadAttention):
         keys = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-        return [found for key in keys for found in _cut(layer, key, 1, module.embed_dim)]
+        stacked = module._qkv_same_embed_dim or module.kdim == module.vdim == module.embed_dim
+        return [found for key in keys for found in _cut(layer, key, 1, module.embed_dim)] if stacked else []
     return []
 
 
@@ -112,7 +113,8 @@ def port_widths(layer: Any) -> tuple[int, int] | None:
     if isinstance(layer, nn.Linear):
         return layer.out_features, layer.in_features
     if isinstance(layer, transformers_conv1d()):
-        return layer.nf, layer.nx
+        conv1d: Any = layer
+        return conv1d.nf, conv1d.nx
     if isinstance(layer, nn.RNNBase):
         return (layer.proj_size or layer.hidden_size) * (1 + layer.bidirectional), layer.input_size
     if isinstance(layer, nn.MultiheadAttention):

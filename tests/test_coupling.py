@@ -66,6 +66,21 @@ class Gated(nn.Module):
         return self.out(self.last(x).flatten(1))
 
 
+class Recurrent(nn.Module):
+    """Channels and rows of an image that are merged to the features of a packed sequence; norms without parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.instance = nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(4, 4), nn.InstanceNorm2d(4)
+        self.rnn, self.out = nn.LSTM(16, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = self.instance(self.norm(self.conv(x)).relu())
+        x = x.permute(0, 3, 1, 2).reshape(len(x), x.shape[3], -1)
+        packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([6, 4]), batch_first=True)
+        return self.out(nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0])
+
+
 class Shared(nn.Module):
     """A layer that is used twice, so that what it reads and what it writes are the same units."""
 
@@ -170,6 +185,7 @@ MODELS = {
     "unet": lambda: (UNet(), torch.randn(1, 3, 8, 8)),
     "gated": lambda: (Gated(), torch.randn(2, 2, 4)),
     "shared layer": lambda: (Shared(), torch.randn(2, 4)),
+    "recurrent": lambda: (Recurrent(), torch.randn(2, 1, 4, 6)),
     "vit": vit,
     "convnext": convnext,
     "bert": bert,
@@ -413,6 +429,12 @@ def test_units_that_are_not_zero_where_their_members_are_are_left():
     assert "zero still reaches" in reason(model, torch.randn(3, 4), "0")
 
 
+def test_units_before_a_batch_norm_without_scales_are_left():
+    # Its running mean need not be zero, and is what a zero unit would put out.
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, affine=False), nn.ReLU(), nn.Linear(6, 2))
+    assert "zero still reaches" in reason(model, torch.randn(3, 4), "0")
+
+
 def test_units_added_to_the_inputs_are_left():
     class Residual(nn.Module):
         def __init__(self):
@@ -451,7 +473,7 @@ def test_layers_whose_units_are_not_known_are_left():
     assert set(left) == {"cell", "lstm", "out"}
 
 
-def test_channels_that_are_shuffled_between_groups_are_left_together():
+def test_channels_that_are_shuffled_between_groups_are_left():
     class Shuffled(nn.Module):
         def __init__(self):
             super().__init__()

@@ -163,10 +163,12 @@ class _Coupling:
         for row in every:
             unit = found[self.flow.find(row)]
             unit.rows.append(row)
-            reading = [row] if inner_columns(*row[:2]) else []
-            reading += [Row(layer, INPUT, index) for layer, index in self.flow.readers.get(row, ())]
-            unit.readers.update(dict.fromkeys(reading))
-            unit.marks.update(self.flow.marks.get(row, ()))
+            if inner_columns(*row[:2]):
+                unit.readers[row] = None
+        for row, read in self.flow.readers.items():
+            found[self.flow.find(row)].readers.update(dict.fromkeys(Row(layer, INPUT, index) for layer, index in read))
+        for row, marks in self.flow.marks.items():
+            found[self.flow.find(row)].marks.update(marks)
         return [unit for unit in found.values() if any(self._writes(row[:2]) for row in unit.rows)]
 
     def _place(self, row: Row) -> tuple[int, int]:
@@ -264,8 +266,10 @@ class _Probe:
         }
         new = {p: p.detach() if ".original" in name else self._random_like(p) for name, p in model.named_parameters()}
         self.state = {name: new[p] for name, p in model.named_parameters(remove_duplicate=False)}
-        for name, buffer in copied_buffers(model).items():  # what holds for fresh running means has to hold for others
-            self.state[name] = self._random_like(buffer) if name.endswith("running_mean") else buffer
+        for name, buffer in copied_buffers(model).items():
+            if name.endswith("running_mean"):  # what holds for fresh means has to hold for others
+                buffer = torch.randn(buffer.shape, generator=self.random).to(buffer)
+            self.state[name] = buffer
 
     def objection(self, units: UnitSet) -> str | None:
         """Why a random half of the units cannot be taken out, if so."""

@@ -164,11 +164,12 @@ class Flow:
 
     def _reshaped(self, labels: Labels, before: tuple[int, ...], after: tuple[int, ...]) -> Labels:
         """The labels of a tensor that is flattened, unflattened, or repeated head by head for grouped queries."""
-        n = len(labels)
-        if len(after) == 2 < len(before) and math.prod(before[1:]) == after[1] != n:
-            if before[1] == n:
-                return [label for label in labels for _ in range(after[1] // n)]
-            return [*labels] * (after[1] // n) if before[-1] == n else labels
+        n, kept = len(labels), len(after) - 1
+        merged = before[kept:]  # into the last dimension
+        if len(merged) > 1 and n in merged and math.prod(merged) == after[-1] != n:
+            place = merged.index(n)
+            inner = [label for label in labels for _ in range(math.prod(merged[place + 1 :]))]
+            return inner * math.prod(merged[:place])
         if len(before) == 2 < len(after) and math.prod(after[1:]) == before[1] == n:
             size = n // after[1]
             return self._fold(labels, [list(range(unit * size, (unit + 1) * size)) for unit in range(after[1])])

@@ -184,7 +184,7 @@ class _Coupling:
             return "the forward pass in eval mode does not call it"
         if "output" in unit.marks:
             return "its units are outputs of the model"
-        norm = next((mark for mark in unit.marks if isinstance(mark, nn.Module)), None)
+        norm = next((module for module in self.names if module in unit.marks), None)
         if norm is not None:
             return f"{self.names[norm]} ({type(norm).__name__}) takes the mean over its units"
         cuts = [cut for row in unit.rows for cut in self.parts[row[:2]]]

@@ -44,7 +44,7 @@ class Flow:
     """The units of a model, followed from the rows that write them to the columns that read them.
 
     Attributes:
-        layers: the layers that the forward pass goes through.
+        layers: the layers that the forward pass goes through, with the numbers of units that they put out and take in.
         parameters: parameters outside of known layers, by owner and key, with the dimension along which units lie.
         readers: what reads each row: layers with the index of the column.
         marks: what each row goes through: `"output"`, `"attention"`, and norms that take the mean over units.
@@ -55,14 +55,13 @@ class Flow:
             p: (m, key) for m in model.modules() for key, p in m._parameters.items() if p is not None
         }
         nodes, dims, returned, self._shapes = _trace(model, args, kwargs)
-        widths = {layer: width for layer in nodes if (width := port_widths(layer)) is not None}
-        self.layers = set(widths)
+        self.layers = {layer: width for layer in nodes if (width := port_widths(layer)) is not None}
         self.parameters = {owners[p]: dim for p, dim in dims if p in nodes}
         self.readers: dict[Row, list[tuple[nn.Module, int]]] = defaultdict(list)
         self.marks: dict[Row, set[Any]] = defaultdict(set)
         self._parent: dict[Row, Row] = {}
         self._labels: dict[Any, Labels] = {}
-        for layer, (written, _) in widths.items():
+        for layer, (written, _) in self.layers.items():
             self._labels[layer] = [Row(layer, *out_index(layer, unit)) for unit in range(written)]
         for p in (p for p, _ in dims if p in nodes):
             self._labels[p] = [Row(*owners[p], index) for index in range(p.shape[self.parameters[owners[p]]])]
@@ -94,7 +93,7 @@ class Flow:
             self.marks[label].add(mark)
 
     def _read(self, layer: nn.Module, labels: Labels) -> None:
-        own, (_, taken) = self._labels[layer], port_widths(layer) or (0, 0)
+        own, (_, taken) = self._labels[layer], self.layers[layer]
         if isinstance(layer, _ConvNd) and layer.groups > 1:
             per_group = layer.in_channels // layer.groups
             for unit, label in enumerate(labels[:taken]):

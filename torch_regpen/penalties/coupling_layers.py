@@ -147,7 +147,7 @@ def head_of_rows(ref: ParameterRef) -> list[int] | None:
     n = _Attention(ref).heads
     if n is None:
         return None
-    ref.told = True  # the graph says which rows of q, k and v belong together, whatever the layer's library
+    ref.warned = True  # the graph says which rows of q, k and v belong together, whatever the layer's library
     try:
         grouping = grouping_of(Heads(n), ref, ref.owner.weight.shape)  # type: ignore[union-attr,arg-type]
     except ValueError:

@@ -34,6 +34,7 @@ from torch_regpen.export import dead_units, prune_masks, sparse_state_dict
 
 Layer = nn.Linear | nn.Conv2d
 BATCH = 50
+BATCHES = (1, 64, 1024)  # of which the latency is measured
 PRUNERS = {nn.Linear: tp.prune_linear_out_channels, nn.Conv2d: tp.prune_conv_out_channels}
 
 
@@ -135,16 +136,22 @@ def size(state: dict[str, Any]) -> float:
 def measure(name: str, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Prints a row of the table, and returns the outputs of the model."""
     outputs: Tensor = model(x)
+    latencies = "".join(f"{latency(model, x[torch.arange(size) % len(x)]):10.3f}" for size in BATCHES)
+    parameters, accuracy = sum(p.numel() for p in model.parameters()), (outputs.argmax(dim=1) == y).float().mean()
+    operations, _ = tp.utils.count_ops_and_params(model, x[:1])
+    files = f"{size(model.state_dict()):8.1f} KiB {size(sparse_state_dict(model)):8.1f} KiB"
+    print(f"{name:22} {parameters:10,} {operations:14,.0f} {latencies} {files} {accuracy:9.2%}")
+    return outputs
+
+
+def latency(model: nn.Module, x: Tensor) -> float:
+    """The median time of a forward, in milliseconds."""
     times = []
     for _ in range(30):
         start = time.perf_counter()
         model(x)
         times.append(1000 * (time.perf_counter() - start))
-    parameters, accuracy = sum(p.numel() for p in model.parameters()), (outputs.argmax(dim=1) == y).float().mean()
-    operations, _ = tp.utils.count_ops_and_params(model, x[:1])
-    files = f"{size(model.state_dict()):8.1f} KiB {size(sparse_state_dict(model)):8.1f} KiB"
-    print(f"{name:22} {parameters:10,} {operations:15,.0f} {median(times):9.2f} ms {files} {accuracy:9.2%}")
-    return outputs
+    return median(times)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -153,9 +160,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=60)
     epochs = parser.parse_args(argv).epochs
     x, y, x_test, y_test = make_data()
+    batches = "".join(f"{f'batch {size}':>10}" for size in BATCHES)
+    print(f"{'':47}  milliseconds of a forward")
     print(
-        f"{'':22} {'parameters':>10} {'multiply-adds':>15} {'797 images':>12} {'file':>12} {'sparse file':>12}"
-        f" {'accuracy':>9}"
+        f"{'':22} {'parameters':>10} {'multiply-adds':>14} {batches} {'file':>12} {'sparse file':>12} {'accuracy':>9}"
     )
     for make in (mlp, convnet):
         torch.manual_seed(0)

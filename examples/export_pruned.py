@@ -136,7 +136,7 @@ def size(state: dict[str, Any]) -> float:
 def measure(name: str, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Prints a row of the table, and returns the outputs of the model."""
     outputs: Tensor = model(x)
-    latencies = "".join(f"{latency(model, x[torch.arange(size) % len(x)]):10.3f}" for size in BATCHES)
+    latencies = "".join(f"{latency(model, x[torch.arange(size) % len(x)]):12.3f}" for size in BATCHES)
     parameters, accuracy = sum(p.numel() for p in model.parameters()), (outputs.argmax(dim=1) == y).float().mean()
     operations, _ = tp.utils.count_ops_and_params(model, x[:1])
     files = f"{size(model.state_dict()):8.1f} KiB {size(sparse_state_dict(model)):8.1f} KiB"
@@ -160,8 +160,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=60)
     epochs = parser.parse_args(argv).epochs
     x, y, x_test, y_test = make_data()
-    batches = "".join(f"{f'batch {size}':>10}" for size in BATCHES)
-    print(f"{'':47}  milliseconds of a forward")
+    batches = "".join(f"{f'batch {size}':>12}" for size in BATCHES)
+    print(f"{'':53}  milliseconds of a forward")
     print(
         f"{'':22} {'parameters':>10} {'multiply-adds':>14} {batches} {'file':>12} {'sparse file':>12} {'accuracy':>9}"
     )

@@ -27,10 +27,11 @@ def multipliers(optimizer: RegularizedOptimizer) -> Iterator[tuple[Tensor, Tenso
     """
     if optimizer.zeroing_penalty is None or optimizer.zeros_are_frozen:
         return
+    moved = {id(w) for _, w in optimizer.zeroing_penalty.named_parameters_penalized()}
     wrapped = optimizer.optimizer
     has_state = optimizer.metric == "auto" and not isinstance(wrapped, SGD) and unsupported_reason(wrapped) is None
     for group in optimizer.param_groups:
-        for w in group["params"]:
+        for w in (w for w in group["params"] if id(w) in moved):
             state = optimizer.state.get(w, {})
             size = state.get(STEPS)
             if size is None and w.grad is not None and (state or not has_state):

@@ -29,7 +29,7 @@ SUPPORTS = {2: {2, 8}}
 
 
 # How each optimizer is set up for a loss of a given curvature: constant learning rates, a few thousand steps.
-STEPS = 1000
+STEPS = 1500
 
 
 def solve(problem, penalty, make, steps=STEPS, mode="proximal", **options):

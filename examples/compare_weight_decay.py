@@ -218,10 +218,6 @@ def report(setting: Setting, comparison: Comparison) -> None:
     print()
     for method, other in setting.claims:
         print(f"{method} against {other}: {difference(comparison, method, other)}")
-    for method, lam in comparison.chosen.items():
-        lams = comparison.lams(method)
-        if len(lams) > 1 and lam in (lams[0], lams[-1]):
-            print(f"Warning: {method} chose {lam:g}, the edge of its lambdas: a better one may lie beyond.")
     if setting.copies:
         print_inputs(kept_inputs(comparison.models["group lasso proximal"]))
 

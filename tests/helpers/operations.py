@@ -24,7 +24,7 @@ class LargestCopy(TorchDispatchMode):
 class Reads(TorchDispatchMode):
     """Counts the operations that read a value back from a tensor."""
 
-    NAMES = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "unique", "allclose")
+    NAMES = frozenset({"local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "unique", "allclose"})
 
     def __init__(self):
         super().__init__()
@@ -32,6 +32,6 @@ class Reads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name.strip("_") in [known.strip("_") for known in self.NAMES]:
+        if name.strip("_") in self.NAMES:
             self.found.append(name)
         return func(*args, **(kwargs or {}))

@@ -40,7 +40,7 @@ def solve(problem, penalty, make, steps=STEPS, mode="proximal", **options):
     optimizer = RegularizedOptimizer(inner, penalty, mode, **options)
     for _ in range(steps // 50):
         problem.train(optimizer, 50)
-        if optimizer.penalty.stationarity() < 1e-12:
+        if optimizer.penalty.stationarity() < 1e-11:
             break
     if inner.param_groups[0]["maximize"]:
         problem.gradient = sign_of

@@ -38,6 +38,13 @@ class Step:
             return self.numerator
         return torch.div(self.numerator, self.moment.sqrt().add_(self.eps))  # type: ignore[arg-type]
 
+    def size_into(self, out: Tensor | None) -> Tensor:
+        """`size` for each element, in the memory `out`."""
+        if self.moment is None:
+            return torch.add(self.numerator, 0, out=out)
+        root = torch.sqrt(self.moment, out=out).add_(self.eps)
+        return torch.div(self.numerator, root, out=root)
+
     @property
     def by_element(self) -> bool:
         """Whether each element has a step of its own."""
@@ -47,6 +54,10 @@ class Step:
     def unseen(self) -> Tensor | None:
         """For each element whether it has had no gradient yet; None where that is not known."""
         return self.no_gradient_yet if self.moment is None else self.moment == 0
+
+    def times(self, factor: float | Tensor) -> Step:
+        """The step times a factor, without a max_change."""
+        return replace(self, numerator=self.numerator * factor, max_change=None)
 
     def sliced(self, take: Slicer) -> Step:
         """The step of the slice of the parameter that `take` takes."""

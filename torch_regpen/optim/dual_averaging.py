@@ -6,6 +6,7 @@ The gap `d` and the sum of the steps `S` lie in the optimizer's state of the par
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +19,8 @@ from ..distributed.shards import local
 from ..groups.grouping import Elements, working_dtype
 from ..ops import foreach
 from ..ops.batches import TensorBatch
-from ..ops.prox import clip_change, prox, scale_, scales_in_place
+from ..ops.chunks import all_positive, buffer_like
+from ..ops.prox import clip_change, group_chunks, has_group_views, is_group_lasso, prox, shrink_factors
 from ..ops.sharded import on_local_shards
 from ..ops.step import Step, adaptive
 from ..ops.terms import Term, chunked_terms
@@ -75,18 +77,60 @@ def average_(batch: TensorBatch, states: Sequence[State], steps: Sequence[Step])
         foreach.threshold_latent_each_(batch.tensors, gaps, sums, *fused, batch.coefficients[0])
     else:
         for terms, gap, s, step in zip(batch.each, gaps, sums, steps, strict=True):
-            for some, take in chunked_terms([term for term in terms if not term.inactive]):
-                _average_(some, take(gap), take(s), step.sliced(take))
+            terms = [term for term in terms if not term.inactive]
+            if not _average_groups_(terms, gap, s, step):
+                for some, take in chunked_terms(terms):
+                    _average_(some, take(gap), take(s), step.sliced(take))
+
+
+def _average_groups_(terms: list[Term], gap: Tensor, sums: Tensor, step: Step) -> bool:
+    """`average_` of a tensor with a single term over groups, in place; whether it applies."""
+    if not sums.ndim:
+        return _scale_groups_(terms, gap, sums)
+    if step.moment is None or step.max_change is None or not is_group_lasso(terms, gap, sums, step.moment):
+        return False
+    buffers: list[Tensor | None] = [None, None, None]
+    for part in group_chunks(terms[0], gap, sums, step.moment):
+        w, d, s, moment = part.views
+        buffers = [buffer_like(w, buffer) for buffer in buffers]
+        size, slopes, r = buffers
+        # The slope of the penalty is `radius * |w| / norm`, and lam at a group of zero.
+        norm = part.grouping.norm(w)
+        most = step.numerator / step.max_change
+        torch.sqrt(moment, out=size).add_(step.eps)
+        torch.mul(w, (part.radius * most / norm).masked_fill_(norm == 0, 0), out=slopes).abs_()
+        torch.maximum(size, slopes, out=size).clamp_min_((norm == 0) * (part.lam * most))
+        s.addcdiv_(step.numerator, size)
+        w.add_(d)
+        factors = shrink_factors(w, torch.mul(s, part.radius, out=r), part.grouping, (size, slopes))
+        torch.addcmul(w, w, factors, value=-1, out=d)
+        if all_positive(moment):
+            w.sub_(d)
+            continue
+        seen = torch.sign(moment, out=size)
+        limit = step.max_change / (1 - seen)  # none where there has been a gradient
+        w.sub_(torch.clamp(d, -limit, limit))
+        d.mul_(seen)
+        s.mul_(seen)
+    return True
+
+
+def _scale_groups_(terms: list[Term], gap: Tensor, sums: Tensor) -> bool:
+    """`_average_groups_` where the step is the same for all coordinates."""
+    if not has_group_views(terms, gap) or terms[0].tensor.dtype != gap.dtype:
+        return False
+    for part in group_chunks(terms[0], gap):
+        w, d = part.views
+        u = part.grouping.norm(w.add_(d)).div_(math.sqrt(part.count))
+        factors = terms[0].penalty.rho_prox(u, sums * part.lam) / u.masked_fill(u == 0, math.inf)
+        torch.addcmul(w, w, factors, value=-1, out=d)
+        w.mul_(factors)
+    return True
 
 
 def _average_(terms: list[Term], gap: Tensor, sums: Tensor, step: Step) -> None:
     """`average_` of a piece of a tensor."""
     w = terms[0].tensor
-    if not sums.ndim and w.dtype == gap.dtype and scales_in_place(terms):
-        w.copy_(gap.add_(w))
-        scale_(terms[0], w, sums * terms[0].scaled_lam)
-        gap.sub_(w)
-        return
     if sums.ndim:
         sums.add_(counted(terms, step))
     latent = w + gap

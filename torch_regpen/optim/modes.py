@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from itertools import groupby, islice
 from operator import attrgetter
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..ops.step import Step, adaptive
 from ..ops.terms import Term, sliced
 from ..ops.value import total_value
 from . import dual_averaging
-from .step_size import Metric, differs_by_coordinate, steps_of
+from .step_size import Metric, differs_by_coordinate, has_small_steps, steps_of
 
 __all__ = ["MODES", "Mode"]
 
@@ -137,6 +138,18 @@ class Proximal(Mode):
                     check_prox(terms, per_coordinate=True)  # known only now
         return steps
 
+    def with_steps(self, active: list[TensorBatch]) -> Iterator[tuple[TensorBatch, list[Step]]]:
+        """Each batch with its steps; batches whose steps hold no tensor of the parameter's size share one call."""
+        if not has_small_steps(self.optimizer, self.metric):
+            yield from ((batch, self.steps_of(batch)) for batch in active)
+            return
+        for _, some in groupby(active, key=lambda b: (id(b.group), b.tensors[0].dtype, b.tensors[0].device)):
+            alike = list(some)
+            tensors = [w for batch in alike for w in batch.tensors]
+            steps = iter(steps_of(self.optimizer, tensors, alike[0].group, self.metric))
+            for batch in alike:
+                yield batch, list(islice(steps, len(batch.tensors)))
+
     def before_prox(
         self, batch: TensorBatch, sample: Callable[[list[Term]], Slicer]
     ) -> Iterator[tuple[list[Term], float | Tensor]]:
@@ -151,10 +164,7 @@ class Proximal(Mode):
             yield sliced(terms, take), step.sliced(take).size
 
     def after_update(self, active: list[TensorBatch]) -> None:
-        for batch in active:
-            if batch.inactive:
-                continue
-            steps = self.steps_of(batch)
+        for batch, steps in self.with_steps([batch for batch in active if not batch.inactive]):
             fused = adaptive(steps) if batch.is_soft_threshold else None
             if fused is not None:
                 moments, numerators, eps, max_change = fused
@@ -180,8 +190,7 @@ class Dual(Proximal):
             yield dual_averaging.latent_terms(some, take(state[dual_averaging.GAP])), sums
 
     def after_update(self, active: list[TensorBatch]) -> None:
-        for batch in active:
-            steps = self.steps_of(batch)
+        for batch, steps in self.with_steps(active):
             states = list(map(self._state_of, batch.tensors, steps))
             if batch.inactive:
                 dual_averaging.reset(states)

@@ -46,7 +46,7 @@ NEWTON_STEPS = 16  # of the root search; 13 were the most that any of 800,000 gr
 
 
 def one_step(steps: Sequence[Step]) -> bool:
-    """Whether they are the same step, a scalar without a max_change."""
+    """Whether all steps are the same scalar, without a max_change."""
     return steps[0].max_change is None and is_scalar(steps[0].size) and all(step is steps[0] for step in steps)
 
 
@@ -70,7 +70,7 @@ def prox_(batch: TensorBatch, steps: Sequence[Step]) -> None:
 
 
 def _prox_along_rays_(terms: list[Term], step: Step) -> bool:
-    """The proximal map of a single term over groups in place, where that takes no copy; whether it does."""
+    """Apply the proximal map of a single term over groups in place; returns False, and does nothing, if it needs a copy."""
     if step.max_change is not None or not is_scalar(step.size) or not scales_in_place(terms):
         return False
     (term,) = terms
@@ -84,22 +84,21 @@ def _prox_along_rays_(terms: list[Term], step: Step) -> bool:
 
 
 def _shrink_groups_(terms: list[Term], step: Step) -> bool:
-    """The proximal map of a single group lasso in place, where steps differ by coordinate; whether it applies."""
-    varying = step.moment if step.moment is not None else step.numerator
-    if not isinstance(varying, Tensor) or varying.ndim == 0 or not is_group_lasso(terms, varying):
+    """Apply a group lasso's proximal map in place where steps differ by coordinate; returns False if it does not apply."""
+    elements = step.elements
+    if elements is None or not step.by_element or not is_group_lasso(terms, elements):
         return False
     buffers: list[Tensor | None] = [None, None, None]
-    for part in group_chunks(terms[0], varying):
-        x, s = part.views
+    for part in group_chunks(terms[0], elements):
+        x, some = part.views
         buffers = [buffer_like(x, buffer) for buffer in buffers]
-        change, r, scratch = buffers
-        r = step.sliced(lambda _, s=s: s).times(part.radius).size_into(r)
-        factors = shrink_factors(x, r, part.grouping, (change, scratch))
-        torch.addcmul(x, x, factors, value=-1, out=factors)
+        r = step.scaled(some, part.radius).size_into(buffers[2])
+        factors = shrink_factors(x, r, part.grouping, (buffers[0], buffers[1]))
+        change = torch.addcmul(x, x, factors, value=-1, out=factors)  # x - x * factors
         if step.max_change is not None:
             most = step.max_change * math.sqrt(part.size)
-            factors.mul_((most / part.grouping.norm(factors)).clamp_max_(1))
-        x.sub_(factors)
+            change.mul_((most / part.grouping.norm(change)).clamp_max_(1))
+        x.sub_(change)
     return True
 
 

@@ -1,4 +1,4 @@
-"""The dual mode: regularized dual averaging (RDA, Xiao 2010), by the gap that the penalty keeps each weight at.
+"""The dual mode: regularized dual averaging (RDA, Xiao 2010). Each weight has a gap: what the penalty has taken from it.
 
 `latent = w + d`, `S += s`, `w = prox(latent, S*lam)`, `d = latent - w` after each update of the visible weights `w`.
 The gap `d` and the sum of the steps `S` lie in the optimizer's state of the parameter, in float32 at least.
@@ -84,32 +84,36 @@ def average_(batch: TensorBatch, states: Sequence[State], steps: Sequence[Step])
 
 
 def _average_groups_(terms: list[Term], gap: Tensor, sums: Tensor, step: Step) -> bool:
-    """`average_` of a tensor with a single term over groups, in place; whether it applies."""
+    """`average_` in place, for a single term over groups; returns False, and does nothing, where it does not apply."""
     if not sums.ndim:
         return _scale_groups_(terms, gap, sums)
-    if step.moment is None or step.max_change is None or not is_group_lasso(terms, gap, sums, step.moment):
+    fused = adaptive([step])
+    if fused is None or step.max_change is None or not is_group_lasso(terms, gap, sums, *fused[0]):
         return False
+    (moment,), (numerator,), (eps,), max_change = fused
+    most = numerator / max_change
     buffers: list[Tensor | None] = [None, None, None]
-    for part in group_chunks(terms[0], gap, sums, step.moment):
-        w, d, s, moment = part.views
+    for part in group_chunks(terms[0], gap, sums, moment):
+        w, d, s, m = part.views
         buffers = [buffer_like(w, buffer) for buffer in buffers]
-        size, slopes, r = buffers
-        # The slope of the penalty is `radius * |w| / norm`, and lam at a group of zero.
+        # Each element adds min(numerator / (sqrt(m) + eps), max_change / slope) to its sum. The slope of the penalty is
+        # radius * |w| / norm, and lam in a group of zeros.
         norm = part.grouping.norm(w)
-        most = step.numerator / step.max_change
-        torch.sqrt(moment, out=size).add_(step.eps)
-        torch.mul(w, (part.radius * most / norm).masked_fill_(norm == 0, 0), out=slopes).abs_()
-        torch.maximum(size, slopes, out=size).clamp_min_((norm == 0) * (part.lam * most))
-        s.addcdiv_(step.numerator, size)
-        w.add_(d)
-        factors = shrink_factors(w, torch.mul(s, part.radius, out=r), part.grouping, (size, slopes))
-        torch.addcmul(w, w, factors, value=-1, out=d)
-        if all_positive(moment):
-            w.sub_(d)
+        zero = norm == 0
+        slopes = torch.mul(w, (most * part.radius / norm).masked_fill_(zero, 0), out=buffers[0]).abs_()
+        size = torch.sqrt(m, out=buffers[1]).add_(eps)
+        s.addcdiv_(numerator, torch.maximum(size, slopes, out=size).clamp_min_(zero * (most * part.lam)))
+        latent = w.add_(d)
+        r = torch.mul(s, part.radius, out=buffers[2])
+        factors = shrink_factors(latent, r, part.grouping, (size, slopes))
+        torch.addcmul(latent, latent, factors, value=-1, out=d)
+        if all_positive(m):
+            latent.sub_(d)
             continue
-        seen = torch.sign(moment, out=size)
-        limit = step.max_change / (1 - seen)  # none where there has been a gradient
-        w.sub_(torch.clamp(d, -limit, limit))
+        # An element without a gradient yet is shrunk by at most max_change, and keeps no gap and no sum.
+        seen = torch.sign(m, out=size)
+        limit = max_change / (1 - seen)
+        latent.sub_(torch.clamp(d, -limit, limit))
         d.mul_(seen)
         s.mul_(seen)
     return True
@@ -151,7 +155,7 @@ def _limited(terms: list[Term], old: Tensor, new: Tensor, max_change: float | Te
 
 
 def counted(terms: list[Term], step: Step) -> float | Tensor:
-    """What a step adds to the sum: `s`, but no more than shrinks a weight by the max_change of the step."""
+    """What a step adds to the sum: `s`, limited so that no weight shrinks by more than the step's `max_change`."""
     return step.size if step.max_change is None else _counted(terms, step.size, step.max_change)
 
 

@@ -1,4 +1,4 @@
-"""The modes: what a step does to the penalized parameters beside the wrapped optimizer's own update."""
+"""The modes: what a step does to the penalized parameters in addition to the wrapped optimizer's own update."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ class Mode(ABC):
 
     @abstractmethod
     def check(self, batch: TensorBatch) -> None:
-        """Raise `ValueError` where the penalty on this parameter has not what the mode needs."""
+        """Raise `ValueError` if the penalty on this parameter lacks what the mode needs."""
 
     def after_backward(self, active: list[TensorBatch], first: bool) -> None:  # noqa: B027  most have nothing to do
-        """After the gradients are there, for the first time in the step or again, and before the update."""
+        """Called before the update, each time the gradients have been computed; `first` is False from the second time on."""
 
     def added_to_loss(self, active: list[TensorBatch]) -> Tensor | float:
-        """What the objective has beyond what a closure returned."""
+        """The value to add to the loss that a closure returned."""
         return 0.0
 
     def after_update(self, active: list[TensorBatch]) -> None:  # noqa: B027
-        """After the wrapped optimizer has updated the parameters."""
+        """Called after the wrapped optimizer has updated the parameters."""
 
 
 class Coupled(Mode):
@@ -96,7 +96,12 @@ class Coupled(Mode):
 
 
 class Decoupled(Mode):
-    """`w -= lr * lam * subgradient`, stopping at zero, before the update."""
+    """`w -= lr * lam * subgradient`, stopping at zero, before the update.
+
+    As in torch's AdamW, the decay comes before the update and is not undone: where the update, or a hook of the wrapped
+    optimizer, raises, the weights have been decayed and not updated. To undo it would take a copy of the weights. Call
+    `zero_grad()` and go on, or load a checkpoint; the next step decays once, as ever.
+    """
 
     def check(self, batch: TensorBatch) -> None:
         check_grad(batch.terms)

@@ -1,4 +1,4 @@
-"""Groups that are shrunk in place, in chunks: the weights are those of the definition, in every layout and chunk size."""
+"""Groups are shrunk in place, in chunks: the weights are those of the definition, in every layout and chunk size."""
 
 import pytest
 import torch

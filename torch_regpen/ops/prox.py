@@ -70,7 +70,7 @@ def prox_(batch: TensorBatch, steps: Sequence[Step]) -> None:
 
 
 def _prox_along_rays_(terms: list[Term], step: Step) -> bool:
-    """Apply the proximal map of a single term over groups in place; returns False, and does nothing, if it needs a copy."""
+    """Apply the proximal map of a single term over groups in place; returns False where it would need a copy."""
     if step.max_change is not None or not is_scalar(step.size) or not scales_in_place(terms):
         return False
     (term,) = terms
@@ -84,7 +84,7 @@ def _prox_along_rays_(terms: list[Term], step: Step) -> bool:
 
 
 def _shrink_groups_(terms: list[Term], step: Step) -> bool:
-    """Apply a group lasso's proximal map in place where steps differ by coordinate; returns False if it does not apply."""
+    """Apply the prox of a group lasso with a step for each element in place; returns False where it does not apply."""
     elements = step.elements
     if elements is None or not step.by_element or not is_group_lasso(terms, elements):
         return False

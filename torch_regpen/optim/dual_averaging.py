@@ -1,4 +1,4 @@
-"""The dual mode: regularized dual averaging (RDA, Xiao 2010). Each weight has a gap: what the penalty has taken from it.
+"""The dual mode: regularized dual averaging (RDA, Xiao 2010). The gap is what the penalty took from a weight.
 
 `latent = w + d`, `S += s`, `w = prox(latent, S*lam)`, `d = latent - w` after each update of the visible weights `w`.
 The gap `d` and the sum of the steps `S` lie in the optimizer's state of the parameter, in float32 at least.

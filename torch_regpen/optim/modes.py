@@ -40,7 +40,7 @@ class Mode(ABC):
         """Raise `ValueError` if the penalty on this parameter lacks what the mode needs."""
 
     def after_backward(self, active: list[TensorBatch], first: bool) -> None:  # noqa: B027  most have nothing to do
-        """Called before the update, each time the gradients have been computed; `first` is False from the second time on."""
+        """Called before the update, when gradients have been computed; `first`: for the first time in this step."""
 
     def added_to_loss(self, active: list[TensorBatch]) -> Tensor | float:
         """The value to add to the loss that a closure returned."""
@@ -99,8 +99,8 @@ class Decoupled(Mode):
     """`w -= lr * lam * subgradient`, stopping at zero, before the update.
 
     As in torch's AdamW, the decay comes before the update and is not undone: where the update, or a hook of the wrapped
-    optimizer, raises, the weights have been decayed and not updated. To undo it would take a copy of the weights. Call
-    `zero_grad()` and go on, or load a checkpoint; the next step decays once, as ever.
+    optimizer, raises, the weights have been decayed and not updated. To undo it would take a copy of the weights.
+    The next step decays once, as ever.
     """
 
     def check(self, batch: TensorBatch) -> None:

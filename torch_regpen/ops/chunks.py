@@ -23,19 +23,21 @@ class Sizes:
         small: the most of a tensor that goes together with others.
         pack: the most of these together.
         chunk: of the pieces of larger ones.
+        group_chunk: of these, where many arrays of their size are computed for groups.
     """
 
     small: int
     pack: int
     chunk: int
+    group_chunk: int
 
 
 # A chunk of float32 and what is computed beside it are within the second-level cache; temporaries of twice the size go
 # back to the system each time, and new ones cost more than what is done to them.
-CPU = Sizes(small=1 << 17, pack=1 << 18, chunk=1 << 17)
+CPU = Sizes(small=1 << 17, pack=1 << 18, chunk=1 << 17, group_chunk=1 << 19)
 
 
-CUDA = Sizes(small=1 << 21, pack=1 << 24, chunk=1 << 24)  # enough to keep the device busy
+CUDA = Sizes(small=1 << 21, pack=1 << 24, chunk=1 << 24, group_chunk=1 << 24)  # enough to keep the device busy
 
 
 Scalar = float | Tensor  # a number or a 0-dim tensor
@@ -160,6 +162,17 @@ def buffer_like(x: Tensor, buffer: Tensor | None) -> Tensor | None:
     if buffer is not None and buffer.is_contiguous() and x.is_contiguous() and x.numel() <= buffer.numel():
         return buffer.view(-1)[: x.numel()].view(x.shape)
     return buffer if buffer is not None and buffer.shape == x.shape else torch.empty_like(x)
+
+
+def can_be_read(x: Tensor) -> bool:
+    """Whether a value can be read without waiting for a device: of a plain tensor on a CPU, outside of a trace."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return type(x) is Tensor and x.device.type == "cpu" and not traced
+
+
+def all_positive(x: Tensor) -> bool:
+    """Whether all elements are more than 0, where that can be read; False where it cannot."""
+    return can_be_read(x) and x.numel() > 0 and bool(x.amin() > 0)
 
 
 def spread_scalars(xs: Tensor, ws: Sequence[Tensor]) -> Tensor:

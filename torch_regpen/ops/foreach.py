@@ -14,7 +14,9 @@ from torch import Tensor
 from ..groups.grouping import working_dtype
 from .chunks import (
     Scalar,
+    all_positive,
     buffer_like,
+    can_be_read,
     half_chunks,
     joined,
     joined_wide,
@@ -116,7 +118,9 @@ def soft_threshold_(ws: Sequence[Tensor], t: Scalar) -> None:
 def threshold_latent_(ws: Sequence[Tensor], gaps: Sequence[Tensor], ts: Tensor) -> None:
     """With `z = w + gap`: `w = sign(z) * max(|z| - t, 0)` and `gap = z - w`, an element of `ts` for each tensor."""
     ws, gaps = local_shards(ws), local_shards(gaps)
-    t = ts[0] if len(ws) == 1 else spread_scalars(ts, ws)
+    t: Scalar = ts[0] if len(ws) == 1 else spread_scalars(ts, ws)
+    if len(ws) == 1 and can_be_read(ts):
+        t = ts.item()  # clamping by numbers takes one pass where tensors take two
     for some_ws, some_gaps in zip_chunks(ws, gaps):
         _threshold_latent_(some_ws, some_gaps, t)
 
@@ -154,16 +158,15 @@ def threshold_latent_each_(
         for piece in zip_chunks(some, gaps[run], sums[run], moments[run]):
             some_ws, some_gaps, some_sums, some_moments = piece
             s, moment = joined(some_sums), joined_wide(some_moments)
-            buffer = buffer_like(
-                moment, buffer
-            )  # the only temporary: memory that is new to the system costs more than sqrt
-            size = torch.sqrt(moment, out=buffer).add_(e)
-            s.add_(torch.div(numerator, size, out=size).clamp_max_(most))
-            t = torch.mul(s, factor, out=size)
-            _threshold_latent_(some_ws, some_gaps, t)
-            seen = torch.sign(moment, out=size)
-            torch._foreach_mul_(some_gaps, split_like(seen, some_gaps))
-            s.mul_(seen)
+            buffer = buffer_like(moment, buffer)  # the only temporary: fresh memory costs more than a square root
+            all_seen = all_positive(moment)
+            size = torch.sqrt(moment, out=buffer).add_(e).clamp_min_(numerator / most)
+            s.addcdiv_(numerator, size)
+            _threshold_latent_(some_ws, some_gaps, torch.mul(s, factor, out=size))
+            if not all_seen:
+                seen = torch.sign(moment, out=size)
+                torch._foreach_mul_(some_gaps, split_like(seen, some_gaps))
+                s.mul_(seen)
             if len(some_sums) > 1:
                 torch._foreach_copy_(some_sums, split_like(s, some_sums))
 
@@ -180,12 +183,14 @@ def soft_threshold_each_(
         eps: an element for each tensor, not 0 where the numerator is.
         max_change: the largest threshold.
     """
-    ws = local_shards(ws)
+    ws, buffer = local_shards(ws), None
     for run in half_chunks(ws):
         some = ws[run]
         numerator, e = (x[run][0] if len(some) == 1 else spread_scalars(x[run], some) for x in (numerators, eps))
         for some_ws, some_moments in zip_chunks(some, moments[run]):
-            t = joined_wide(some_moments).sqrt().add_(e)
+            moment = joined_wide(some_moments)
+            buffer = buffer_like(moment, buffer)
+            t = torch.sqrt(moment, out=buffer).add_(e)
             _soft_threshold_(some_ws, torch.div(numerator, t, out=t).clamp_max_(max_change))
 
 
@@ -258,12 +263,15 @@ def _soft_threshold_(some: list[Tensor], t: Scalar) -> None:
         torch._foreach_copy_(some, split_like(x.sub_(clamped), some))
 
 
-def _threshold_latent_(ws: list[Tensor], gaps: list[Tensor], t: Tensor) -> None:
-    """`threshold_latent_` of one piece; thresholds for each element are used up."""
+def _threshold_latent_(ws: list[Tensor], gaps: list[Tensor], t: Scalar) -> None:
+    """`threshold_latent_` of one piece; thresholds for each element are overwritten."""
     in_place = len(ws) == 1 and ws[0].dtype == gaps[0].dtype and not torch.compiler.is_compiling()
     z = ws[0].add_(gaps[0]) if in_place else joined_wide(ws) + joined_wide(gaps)
-    gap = torch.minimum(z, t, out=gaps[0]) if in_place else torch.minimum(z, t)
-    gap.clamp_min_(t.neg_() if t.ndim else -t)
+    out = gaps[0] if in_place else None
+    if isinstance(t, Tensor):
+        gap = torch.minimum(z, t, out=out).clamp_min_(t.neg_() if t.ndim else -t)
+    else:
+        gap = torch.clamp(z, -t, t, out=out)
     if in_place:
         z.sub_(gap)
         return

@@ -38,15 +38,33 @@ class Step:
             return self.numerator
         return torch.div(self.numerator, self.moment.sqrt().add_(self.eps))  # type: ignore[arg-type]
 
+    def size_into(self, out: Tensor | None) -> Tensor:
+        """`size` of a step that differs by element, in the memory `out`, or in new memory."""
+        if self.moment is None:
+            return torch.add(self.numerator, 0, out=out)
+        root = torch.sqrt(self.moment, out=out).add_(self.eps)  # type: ignore[arg-type]
+        return torch.div(self.numerator, root, out=root)
+
+    @property
+    def elements(self) -> Tensor | None:
+        """What differs by element: the moment, or the step itself; None for a scalar."""
+        return self.numerator if self.moment is None and isinstance(self.numerator, Tensor) else self.moment
+
     @property
     def by_element(self) -> bool:
         """Whether each element has a step of its own."""
-        return self.moment is not None or not is_scalar(self.numerator)
+        return self.elements is not None and self.elements.ndim > 0
 
     @property
     def unseen(self) -> Tensor | None:
         """For each element whether it has had no gradient yet; None where that is not known."""
         return self.no_gradient_yet if self.moment is None else self.moment == 0
+
+    def scaled(self, elements: Tensor, factor: float | Tensor) -> Step:
+        """The step with other `elements`, times a factor."""
+        if self.moment is None:
+            return replace(self, numerator=elements * factor)
+        return replace(self, numerator=self.numerator * factor, moment=elements)
 
     def sliced(self, take: Slicer) -> Step:
         """The step of the slice of the parameter that `take` takes."""

@@ -1,4 +1,4 @@
-"""The dual mode: regularized dual averaging (RDA, Xiao 2010), by the gap that the penalty keeps each weight at.
+"""The dual mode: regularized dual averaging (RDA, Xiao 2010). The gap is what the penalty took from a weight.
 
 `latent = w + d`, `S += s`, `w = prox(latent, S*lam)`, `d = latent - w` after each update of the visible weights `w`.
 The gap `d` and the sum of the steps `S` lie in the optimizer's state of the parameter, in float32 at least.
@@ -6,6 +6,7 @@ The gap `d` and the sum of the steps `S` lie in the optimizer's state of the par
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +19,15 @@ from ..distributed.shards import local
 from ..groups.grouping import Elements, working_dtype
 from ..ops import foreach
 from ..ops.batches import JointBatch, TensorBatch
-from ..ops.prox import clip_change, prox, scale_, scales_in_place
+from ..ops.chunks import all_positive, buffer_like
+from ..ops.prox import (
+    clip_change,
+    group_chunks,
+    has_group_views,
+    is_group_lasso,
+    prox,
+    shrink_factors,
+)
 from ..ops.sharded import on_local_shards
 from ..ops.step import Step, adaptive
 from ..ops.terms import Term, chunked_terms
@@ -85,8 +94,59 @@ def average_(batch: TensorBatch, states: Sequence[State], steps: Sequence[Step])
         foreach.threshold_latent_each_(batch.tensors, gaps, sums, *fused, batch.coefficients[0])
     else:
         for terms, gap, s, step in zip(batch.each, gaps, sums, steps, strict=True):
-            for some, take in chunked_terms([term for term in terms if not term.inactive]):
-                _average_(some, take(gap), take(s), step.sliced(take))
+            terms = [term for term in terms if not term.inactive]
+            if not _average_groups_(terms, gap, s, step):
+                for some, take in chunked_terms(terms):
+                    _average_(some, take(gap), take(s), step.sliced(take))
+
+
+def _average_groups_(terms: list[Term], gap: Tensor, sums: Tensor, step: Step) -> bool:
+    """`average_` in place, for a single term over groups; returns False, and does nothing, where it does not apply."""
+    if not sums.ndim:
+        return _scale_groups_(terms, gap, sums)
+    fused = adaptive([step])
+    if fused is None or step.max_change is None or not is_group_lasso(terms, gap, sums, *fused[0]):
+        return False
+    (moment,), (numerator,), (eps,), max_change = fused
+    most = numerator / max_change
+    buffers: list[Tensor | None] = [None, None, None]
+    for part in group_chunks(terms[0], gap, sums, moment):
+        w, d, s, m = part.views
+        buffers = [buffer_like(w, buffer) for buffer in buffers]
+        # Each element adds min(numerator / (sqrt(m) + eps), max_change / slope) to its sum. The slope of the penalty is
+        # radius * |w| / norm, and lam in a group of zeros.
+        norm = part.grouping.norm(w)
+        zero = norm == 0
+        slopes = torch.mul(w, (most * part.radius / norm).masked_fill_(zero, 0), out=buffers[0]).abs_()
+        size = torch.sqrt(m, out=buffers[1]).add_(eps)
+        s.addcdiv_(numerator, torch.maximum(size, slopes, out=size).clamp_min_(zero * (most * part.lam)))
+        latent = w.add_(d)
+        r = torch.mul(s, part.radius, out=buffers[2])
+        factors = shrink_factors(latent, r, part.grouping, (size, slopes))
+        torch.addcmul(latent, latent, factors, value=-1, out=d)
+        if all_positive(m):
+            latent.sub_(d)
+            continue
+        # An element without a gradient yet is shrunk by at most max_change, and keeps no gap and no sum.
+        seen = torch.sign(m, out=size)
+        limit = max_change / (1 - seen)
+        latent.sub_(torch.clamp(d, -limit, limit))
+        d.mul_(seen)
+        s.mul_(seen)
+    return True
+
+
+def _scale_groups_(terms: list[Term], gap: Tensor, sums: Tensor) -> bool:
+    """`_average_groups_` where the step is the same for all coordinates."""
+    if not has_group_views(terms, gap) or terms[0].tensor.dtype != gap.dtype:
+        return False
+    for part in group_chunks(terms[0], gap):
+        w, d = part.views
+        u = part.grouping.norm(w.add_(d)).div_(math.sqrt(part.count))
+        factors = terms[0].penalty.rho_prox(u, sums * part.lam) / u.masked_fill(u == 0, math.inf)
+        torch.addcmul(w, w, factors, value=-1, out=d)
+        w.mul_(factors)
+    return True
 
 
 def matrix(
@@ -107,11 +167,6 @@ def matrix(
 def _average_(terms: list[Term], gap: Tensor, sums: Tensor, step: Step) -> None:
     """`average_` of a piece of a tensor."""
     w = terms[0].tensor
-    if not sums.ndim and w.dtype == gap.dtype and scales_in_place(terms):
-        w.copy_(gap.add_(w))
-        scale_(terms[0], w, sums * terms[0].scaled_lam)
-        gap.sub_(w)
-        return
     if sums.ndim:
         sums.add_(counted(terms, step))
     latent = w + gap
@@ -132,7 +187,7 @@ def _limited(terms: list[Term], old: Tensor, new: Tensor, max_change: float | Te
 
 
 def counted(terms: list[Term], step: Step) -> float | Tensor:
-    """What a step adds to the sum: `s`, but no more than shrinks a weight by the max_change of the step."""
+    """What a step adds to the sum: `s`, limited so that no weight shrinks by more than the step's `max_change`."""
     return step.size if step.max_change is None else _counted(terms, step.size, step.max_change)
 
 

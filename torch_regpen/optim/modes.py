@@ -1,9 +1,10 @@
-"""The modes: what a step does to the penalized parameters beside the wrapped optimizer's own update."""
+"""The modes: what a step does to the penalized parameters in addition to the wrapped optimizer's own update."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from itertools import groupby, islice
 from operator import attrgetter
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..ops.step import Step, adaptive
 from ..ops.terms import Term, sliced
 from ..ops.value import total_value
 from . import dual_averaging
-from .step_size import Metric, differs_by_coordinate, steps_of
+from .step_size import Metric, differs_by_coordinate, has_small_steps, steps_of
 
 __all__ = ["MODES", "Mode"]
 
@@ -36,17 +37,17 @@ class Mode(ABC):
 
     @abstractmethod
     def check(self, batch: TensorBatch) -> None:
-        """Raise `ValueError` where the penalty on this parameter has not what the mode needs."""
+        """Raise `ValueError` if the penalty on this parameter lacks what the mode needs."""
 
     def after_backward(self, active: list[TensorBatch], first: bool) -> None:  # noqa: B027  most have nothing to do
-        """After the gradients are there, for the first time in the step or again, and before the update."""
+        """Called before the update, when gradients have been computed; `first`: for the first time in this step."""
 
     def added_to_loss(self, active: list[TensorBatch]) -> Tensor | float:
-        """What the objective has beyond what a closure returned."""
+        """The value to add to the loss that a closure returned."""
         return 0.0
 
     def after_update(self, active: list[TensorBatch]) -> None:  # noqa: B027
-        """After the wrapped optimizer has updated the parameters."""
+        """Called after the wrapped optimizer has updated the parameters."""
 
 
 class Coupled(Mode):
@@ -100,7 +101,12 @@ class Coupled(Mode):
 
 
 class Decoupled(Mode):
-    """`w -= lr * lam * subgradient`, stopping at zero, before the update."""
+    """`w -= lr * lam * subgradient`, stopping at zero, before the update.
+
+    As in torch's AdamW, the decay comes before the update and is not undone: where the update, or a hook of the wrapped
+    optimizer, raises, the weights have been decayed and not updated. To undo it would take a copy of the weights.
+    The next step decays once, as ever.
+    """
 
     def check(self, batch: TensorBatch) -> None:
         check_grad(batch.terms)
@@ -149,6 +155,18 @@ class Proximal(Mode):
                     check_prox(terms, per_coordinate=True)  # known only now
         return steps
 
+    def with_steps(self, active: list[TensorBatch]) -> Iterator[tuple[TensorBatch, list[Step]]]:
+        """Each batch with its steps; batches whose steps hold no tensor of the parameter's size share one call."""
+        if not has_small_steps(self.optimizer, self.metric):
+            yield from ((batch, self.steps_of(batch)) for batch in active)
+            return
+        for _, some in groupby(active, key=lambda b: (id(b.group), b.tensors[0].dtype, b.tensors[0].device)):
+            alike = list(some)
+            tensors = [w for batch in alike for w in batch.tensors]
+            steps = iter(steps_of(self.optimizer, tensors, alike[0].group, self.metric))
+            for batch in alike:
+                yield batch, list(islice(steps, len(batch.tensors)))
+
     def before_prox(
         self, batch: TensorBatch, sample: Callable[[list[Term]], Slicer]
     ) -> Iterator[tuple[list[Term], float | Tensor]]:
@@ -167,10 +185,7 @@ class Proximal(Mode):
             yield sliced(terms, take), step.sliced(take).size
 
     def after_update(self, active: list[TensorBatch]) -> None:
-        for batch in active:
-            if batch.inactive:
-                continue
-            steps = self.steps_of(batch)
+        for batch, steps in self.with_steps([batch for batch in active if not batch.inactive]):
             fused = adaptive(steps) if batch.is_soft_threshold else None
             if fused is not None:
                 moments, numerators, eps, max_change = fused
@@ -199,8 +214,7 @@ class Dual(Proximal):
             yield dual_averaging.latent_terms(some, take(state[dual_averaging.GAP])), sums
 
     def after_update(self, active: list[TensorBatch]) -> None:
-        for batch in active:
-            steps = self.steps_of(batch)
+        for batch, steps in self.with_steps(active):
             states = list(map(self._state_of, batch.tensors, steps))
             if batch.inactive:
                 dual_averaging.reset(states)

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from ..groups.grouping import largest, working_dtype
 from ..ops.step import Step
 
-__all__ = ["Metric", "differs_by_coordinate", "sets_its_own_step", "steps_of", "unsupported_reason"]
+__all__ = ["Metric", "differs_by_coordinate", "has_small_steps", "sets_its_own_step", "steps_of", "unsupported_reason"]
 
 Metric = str | Callable[[Optimizer, Tensor, dict[str, Any]], float | Tensor]
 
@@ -53,6 +53,11 @@ def sets_its_own_step(optimizer: Optimizer) -> bool:
 def differs_by_coordinate(optimizer: Optimizer, metric: Metric) -> bool:
     """Whether the steps of `optimizer` are known to differ by coordinate."""
     return metric == "auto" and _rule(optimizer) not in (None, _sgd, _asgd)
+
+
+def has_small_steps(optimizer: Optimizer, metric: Metric) -> bool:
+    """Whether its steps are numbers beside what the optimizer keeps anyway, so that those of all parameters fit."""
+    return metric == "auto" and _rule(optimizer) is _adam
 
 
 State = dict[str, Any]

@@ -20,7 +20,6 @@ from ..distributed.shards import local
 from ..groups.grouping import Elements, working_dtype
 from ..groups.layouts import Slices
 from ..groups.norms import NormGrouping
-from ..groups.singular_values import SingularValues
 from . import foreach
 from .batches import JointBatch, TensorBatch
 from .chunks import buffer_like, sizes, slicers
@@ -30,7 +29,6 @@ from .terms import Term, chunked_terms, separable_dims
 
 __all__ = [
     "GroupChunk",
-    "check_prox",
     "clip_change",
     "group_chunks",
     "has_group_views",
@@ -199,49 +197,6 @@ def zero_lengths_(batch: TensorBatch) -> None:
         zero = direction.abs().amax(dims, keepdim=True).reshape(length.shape) == 0  # type: ignore[union-attr]
         length.masked_fill_(zero, 0)  # type: ignore[union-attr]
         direction.masked_fill_(zero, torch.finfo(direction.dtype).tiny ** 0.25)
-
-
-def check_prox(terms: list[Term], per_coordinate: bool = False) -> None:
-    """Raise `ValueError` where the prox of the sum of these terms of one tensor is not known in closed form.
-
-    Known are: any single kind; and sums of L1, L2 and elastic nets over elements and over groups of one grouping.
-    """
-    for term in terms:
-        if not term.penalty.has_prox():
-            raise ValueError(
-                f"{type(term.penalty).__name__} has no proximal map in closed form; use it in the loss, or with "
-                "mode='coupled' or 'decoupled'"
-            )
-    names = " + ".join(type(term.penalty).__name__ for term in terms)
-    where = f"{names} on parameter {terms[0].name!r}"
-    ways_out = "use mode='coupled' or 'decoupled', or one of them in the loss"
-    if any(term.penalty.coefficients is None for term in terms):
-        if len(terms) > 1:
-            raise ValueError(f"the prox of {where} is not known in closed form; {ways_out}")
-        if per_coordinate and not isinstance(terms[0].grouping, Elements):
-            raise ValueError(
-                f"the prox of {where} over groups is not known where the step differs by coordinate; "
-                "use metric='euclidean'"
-            )
-        return
-    grouped = [term for term in terms if term.grouped]
-    elements = [term for term in terms if term.linear and not term.grouped]
-    if len({term.grouping for term in grouped}) > 1:
-        raise ValueError(f"the prox of {where}, over groups that overlap, is not known in closed form; {ways_out}")
-    if any(isinstance(term.grouping, SingularValues) for term in grouped):
-        if per_coordinate:
-            raise ValueError(
-                f"the prox of {where} over singular values is not known where the step differs by coordinate; "
-                "use metric='euclidean'"
-            )
-        if elements or any(term.penalty.positive for term in terms):
-            raise ValueError(
-                f"the prox of {where}, over elements and singular values, is not known in closed form; {ways_out}"
-            )
-    centers = {id(term.center) for term in terms if term.penalty.coefficients != (0.0, 1.0)}
-    positive = any(term.penalty.positive for term in terms)
-    if len(centers) > 1 or (positive and grouped and centers != {id(None)}):
-        raise ValueError(f"the prox of {where}, around different centers, is not known in closed form; {ways_out}")
 
 
 @on_local_shards

@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 from ..ops import foreach
 from ..ops.batches import JointBatch, TensorBatch
 from ..ops.chunks import Slicer
+from ..ops.closed_forms import check_prox
 from ..ops.decay import decay_
 from ..ops.gradient import add_grad_, check_grad
-from ..ops.prox import check_prox, prox_
+from ..ops.prox import prox_
 from ..ops.step import Step, adaptive
 from ..ops.terms import Term, sliced
 from ..ops.value import total_value

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..distributed.reductions import max_over_ranks
 from ..distributed.shards import full_tensor
-from ..groups import Elements, Grouping
-from ..groups.grouping import working_dtype
+from ..groups.grouping import Elements, Grouping, working_dtype
 from ..ops.batches import TensorBatch
+from ..ops.closed_forms import check_prox
 from ..ops.gradient import add_grad_, add_grad_and_value_, check_grad
-from ..ops.prox import check_prox, prox_, zero_lengths_
+from ..ops.prox import prox_, zero_lengths_
 from ..ops.step import Step
 from ..ops.subdifferential import distance
 from ..ops.terms import Term, by_tensor, gathered

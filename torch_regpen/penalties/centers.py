@@ -60,6 +60,17 @@ def checked_center(name: str, parameter: Tensor, entry: Tensor | None) -> Tensor
     return entry.detach().to(parameter.device, copy=True)
 
 
+def take_centers(refs: list[ParameterRef], center: Any) -> None:
+    """Store a copy of the center of each parameter: its weights now (`"initial"`), or its entry in a state dict."""
+    if isinstance(center, str) and center == "initial":
+        for ref in refs:
+            for name, tensor in ref.read():
+                ref.centers[name] = checked_center(name, tensor, tensor)
+        return
+    for ref, name, tensor, entry in entries_by_parameter(refs, center, "center"):
+        ref.centers[name] = checked_center(name, tensor, entry)
+
+
 def checked_weights(name: str, parameter: Tensor, grouping: Grouping, entry: Tensor) -> Tensor:
     """Return a copy of the factors on lambda of a parameter, in the shape of its magnitudes.
 

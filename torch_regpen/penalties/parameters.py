@@ -15,7 +15,7 @@ from ..groups import Coupled, Grouping, Groups, Heads
 from ..ops.batches import TensorBatch, batches
 from ..ops.terms import Term, by_tensor
 from .cache import TermCache
-from .centers import center_sums, check_center, checked_center, checked_weights, entries_by_parameter, stored_for
+from .centers import center_sums, check_center, checked_weights, entries_by_parameter, stored_for, take_centers
 from .joint import CoupledUnits
 from .lookup import ParameterRef
 from .param_groups import ParamGroup, as_param_groups, checked_lam
@@ -69,7 +69,8 @@ class PenalizedParameters(nn.Module):
         if self._units is not None:
             self._units.warn_about_parts()
         if center is not None:
-            self._take_center(center)
+            take_centers(self._refs(), center)
+            self._centered = True
         if weights is not None:
             for ref, name, tensor, entry in entries_by_parameter(self._refs(), weights, "weights"):
                 if entry is not None:
@@ -269,16 +270,6 @@ class PenalizedParameters(nn.Module):
             Term(name, tensor, penalty, part, group, factor, weights, center, length)
             for part, factor in self.factors(grouping)
         ]
-
-    def _take_center(self, center: Any) -> None:
-        if isinstance(center, str) and center == "initial":
-            for ref in self._refs():
-                for name, tensor in ref.read():
-                    ref.centers[name] = checked_center(name, tensor, tensor)
-        else:
-            for ref, name, tensor, entry in entries_by_parameter(self._refs(), center, "center"):
-                ref.centers[name] = checked_center(name, tensor, entry)
-        self._centered = True
 
     def _grouping(self, ref: ParameterRef, name: str, tensor: Tensor) -> Grouping:
         try:

@@ -106,7 +106,7 @@ def test_what_is_no_pair_of_penalty_and_mode_is_refused():
 def test_l2_in_adams_metric_beside_l1_is_explained():
     model, *_ = problem()
     adam = torch.optim.Adam(model.parameters(), lr=0.01)
-    with pytest.warns(UserWarning, match="not the decay of AdamW"):
+    with pytest.warns(UserWarning, match="AdamW is much weaker"):
         RegularizedOptimizer(adam, [L2(model, 0.05), L1(model, 1e-4)], "proximal")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

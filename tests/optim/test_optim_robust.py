@@ -309,3 +309,19 @@ def test_parameters_in_the_place_of_others_inherit_nothing(mode):
         optimizer.step()
         other.step()
         assert torch.equal(model[0].weight, fresh[0].weight)
+
+
+def test_a_hook_that_raises_before_the_update_leaves_the_weights_undecayed():
+    layer = nn.Linear(4, 2)
+    before = layer.weight.detach().clone()
+    sgd = torch.optim.SGD(layer.parameters(), lr=0.1)
+    optimizer = RegularizedOptimizer(sgd, L2(layer, 0.5), "decoupled")
+    handle = sgd.register_step_pre_hook(lambda *_: 1 / 0)
+    layer(torch.ones(1, 4)).sum().backward()
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    assert torch.equal(layer.weight, before)
+    handle.remove()
+    layer.weight.grad.zero_()
+    optimizer.step()
+    torch.testing.assert_close(layer.weight.detach(), before * (1 - 0.1 * 2 * 0.5))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ..ops.batches import TensorBatch, batches
+from ..ops.chunks import Slicer
+from ..ops.terms import Term, gathered, sliced
 from ..penalties.base import Penalty
 from ..utils import warn
 from .modes import MODES, Proximal
@@ -74,6 +78,22 @@ class AppliedPenalty:
             )
         self._known, self._batches = known, batches(terms, owners)
         return self._batches
+
+    def before_prox(
+        self, sample: Callable[[list[Term]], Slicer], frozen: bool
+    ) -> Iterator[tuple[list[Term], float | Tensor | None]]:
+        """See `RegularizedOptimizer.before_prox`; nothing in a mode without a proximal map."""
+        if not isinstance(self.mode, Proximal):
+            return
+        for batch in self.batches():
+            active = None if frozen else batch.with_grads()
+            if active is not None:
+                yield from self.mode.before_prox(active, sample)
+            moved = [] if active is None else active.each
+            for terms in batch.each:
+                if not any(terms is other for other in moved):
+                    terms = gathered(terms)
+                    yield sliced(terms, sample(terms)), None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_known": [], "_batches": []}  # a copy collects its parameters again

@@ -40,21 +40,28 @@ def hooked(step: Callable[..., Any]) -> Callable[..., Any]:
     return with_hooks
 
 
-def updated(optimizer: Optimizer, *args: Any, finish: Callable[[], None]) -> Any:
-    """Call `optimizer.step(*args)` and, once, `finish()` after the update; return the result of the step.
+def updated(
+    optimizer: Optimizer, *args: Any, finish: Callable[[], None], start: Callable[[], None] = lambda: None
+) -> Any:
+    """Call `optimizer.step(*args)`, `start()` before the update and `finish()` after it; return the result of the step.
 
-    `finish` runs after the post-hooks of the optimizer and before the global post-hooks, which see its effect. If a
-    post-hook raises, `finish` still runs.
+    `start` runs after all pre-hooks, so that it does not run where one of them raises. `finish` runs after the
+    post-hooks of the optimizer and before the global post-hooks, which see its effect. If a post-hook raises, `finish`
+    still runs.
     """
     if torch.compiler.is_compiling() or not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        start()
         result = optimizer.step(*args)
         finish()
         return result
-    depth, moved, finished = 0, False, False  # an overriding step may call the base step, and its hooks
+    depth, started, moved, finished = 0, False, False, False  # an overriding step may call the base step, and its hooks
 
     def enter(*_: Any) -> None:
-        nonlocal depth
+        nonlocal depth, started
         depth += 1
+        if not started:
+            started = True
+            start()
 
     def leave(*_: Any) -> None:
         nonlocal depth, moved

@@ -40,8 +40,11 @@ class Mode(ABC):
     def check(self, batch: TensorBatch) -> None:
         """Raise `ValueError` if the penalty on this parameter lacks what the mode needs."""
 
-    def after_backward(self, active: list[TensorBatch], first: bool) -> None:  # noqa: B027  most have nothing to do
-        """Called before the update, when gradients have been computed; `first`: for the first time in this step."""
+    def after_backward(self, active: list[TensorBatch]) -> None:  # noqa: B027  most have nothing to do
+        """Called before the update, each time that gradients have been computed."""
+
+    def before_update(self, active: list[TensorBatch]) -> None:  # noqa: B027
+        """Called once in a step, right before the optimizer updates the parameters."""
 
     def added_to_loss(self, active: list[TensorBatch]) -> Tensor | float:
         """The value to add to the loss that a closure returned."""
@@ -61,7 +64,7 @@ class Coupled(Mode):
         if hasattr(self.optimizer, "noise_multiplier"):
             raise ValueError(self._overwrites())
 
-    def after_backward(self, active: list[TensorBatch], first: bool) -> None:
+    def after_backward(self, active: list[TensorBatch]) -> None:
         active = [batch for batch in active if not batch.inactive]
         for batch in active:
             if any(getattr(w, "grad_sample", None) is not None for w in batch.tensors):
@@ -102,11 +105,10 @@ class Coupled(Mode):
 
 
 class Decoupled(Mode):
-    """`w -= lr * lam * subgradient`, stopping at zero, before the update.
+    """`w -= lr * lam * subgradient`, stopping at zero, right before the update.
 
-    As in torch's AdamW, the decay comes before the update and is not undone: where the update, or a hook of the wrapped
-    optimizer, raises, the weights have been decayed and not updated. To undo it would take a copy of the weights.
-    The next step decays once, as ever.
+    Where a hook raises before the update, nothing is decayed. As in torch's AdamW, the decay is not undone where the
+    update itself raises: that would take a copy of the weights.
     """
 
     def check(self, batch: TensorBatch) -> None:
@@ -118,8 +120,8 @@ class Decoupled(Mode):
                     "in the loss, or with mode='coupled'"
                 )
 
-    def after_backward(self, active: list[TensorBatch], first: bool) -> None:
-        for batch in active if first else []:
+    def before_update(self, active: list[TensorBatch]) -> None:
+        for batch in active:
             if isinstance(batch, JointBatch) and any(group["lr"] != batch.group["lr"] for group in batch.owners):
                 raise ValueError(
                     f"the tensors of the units of {batch.terms[0].name!r} have different learning rates, by which the "

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ..ops.batches import JointBatch, TensorBatch
 from ..ops.chunks import Slicer
 from ..ops.prox import zero_lengths_
-from ..ops.terms import Term, by_tensor, gathered, sliced
+from ..ops.terms import Term, by_tensor
 from ..penalties.base import Penalty, Sum
 from ..penalties.selection import owned_ids
 from ..utils import warn
@@ -22,7 +22,7 @@ from .applied import AppliedPenalty
 from .delegation import WrappingOptimizer
 from .frozen_zeros import FrozenZeros, restore_own_state
 from .hooks import hooked, updated
-from .modes import MODES, Proximal
+from .modes import MODES
 from .step_size import Metric
 
 __all__ = ["RegularizedOptimizer"]
@@ -123,7 +123,7 @@ class RegularizedOptimizer(WrappingOptimizer):
         finish = partial(self._after_update, active)
         if closure is None:
             self._after_backward(active)
-            result = updated(self.optimizer, finish=finish)
+            result = updated(self.optimizer, start=partial(self._before_update, active), finish=finish)
         else:
             result = updated(self.optimizer, self._regularized(closure, active), finish=finish)
         self._warn_if_in_loss()
@@ -188,17 +188,7 @@ class RegularizedOptimizer(WrappingOptimizer):
             factor if the map will not change the tensor, because it has no gradient or its zeros are frozen.
         """
         for applied in self._applied:
-            if not isinstance(applied.mode, Proximal):
-                continue
-            for batch in applied.batches():
-                active = None if self._zeros.on else batch.with_grads()
-                if active is not None:
-                    yield from applied.mode.before_prox(active, sample)
-                moved = set() if active is None else {id(terms) for terms in active.each}
-                for terms in batch.each:
-                    if id(terms) not in moved:
-                        terms = gathered(terms)
-                        yield sliced(terms, sample(terms)), None
+            yield from applied.before_prox(sample, frozen=self._zeros.on)
 
     def _regularized(self, closure: Callable[[], Any], active: Active) -> Callable[[], Any]:
         first = True
@@ -209,7 +199,9 @@ class RegularizedOptimizer(WrappingOptimizer):
                 with torch.no_grad():
                     self._zeros.hold(self._frozen(active))
             loss = closure()
-            self._after_backward(active, first)
+            self._after_backward(active)
+            if first:
+                self._before_update(active)
             first = False
             with torch.no_grad():
                 if loss is not None:
@@ -220,14 +212,19 @@ class RegularizedOptimizer(WrappingOptimizer):
         return regularized
 
     @torch.no_grad()
-    def _after_backward(self, active: Active, first: bool = True) -> None:
+    def _after_backward(self, active: Active) -> None:
         active[:] = [
             (applied, [batch for every in applied.batches() if (batch := every.with_grads()) is not None])
             for applied in self._applied
         ]
         self._zeros.silence(self._frozen(active))
         for applied, batches in self._shrinking(active):
-            applied.mode.after_backward(batches, first)
+            applied.mode.after_backward(batches)
+
+    @torch.no_grad()
+    def _before_update(self, active: Active) -> None:
+        for applied, batches in self._shrinking(active):
+            applied.mode.before_update(batches)
 
     @torch.no_grad()
     def _after_update(self, active: Active) -> None:

@@ -164,17 +164,6 @@ def buffer_like(x: Tensor, buffer: Tensor | None) -> Tensor | None:
     return buffer if buffer is not None and buffer.shape == x.shape else torch.empty_like(x)
 
 
-def can_be_read(x: Tensor) -> bool:
-    """Whether a value can be read without waiting for a device: of a plain tensor on a CPU, outside of a trace."""
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return type(x) is Tensor and x.device.type == "cpu" and not traced
-
-
-def all_positive(x: Tensor) -> bool:
-    """Whether all elements are more than 0, where that can be read; False where it cannot."""
-    return can_be_read(x) and x.numel() > 0 and bool(x.amin() > 0)
-
-
 def spread_scalars(xs: Tensor, ws: Sequence[Tensor]) -> Tensor:
     """An element for each tensor of a pack, as one for each of theirs, `joined`."""
     return joined([x.expand_as(w) for x, w in zip(xs.unbind(), ws, strict=True)])

@@ -14,9 +14,7 @@ from torch import Tensor
 from ..groups.grouping import working_dtype
 from .chunks import (
     Scalar,
-    all_positive,
     buffer_like,
-    can_be_read,
     half_chunks,
     joined,
     joined_wide,
@@ -118,9 +116,7 @@ def soft_threshold_(ws: Sequence[Tensor], t: Scalar) -> None:
 def threshold_latent_(ws: Sequence[Tensor], gaps: Sequence[Tensor], ts: Tensor) -> None:
     """With `z = w + gap`: `w = sign(z) * max(|z| - t, 0)` and `gap = z - w`, an element of `ts` for each tensor."""
     ws, gaps = local_shards(ws), local_shards(gaps)
-    t: Scalar = ts[0] if len(ws) == 1 else spread_scalars(ts, ws)
-    if len(ws) == 1 and can_be_read(ts):
-        t = ts.item()  # clamping by numbers takes one pass where tensors take two
+    t = ts[0] if len(ws) == 1 else spread_scalars(ts, ws)
     for some_ws, some_gaps in zip_chunks(ws, gaps):
         _threshold_latent_(some_ws, some_gaps, t)
 
@@ -159,14 +155,12 @@ def threshold_latent_each_(
             some_ws, some_gaps, some_sums, some_moments = piece
             s, moment = joined(some_sums), joined_wide(some_moments)
             buffer = buffer_like(moment, buffer)  # the only temporary: fresh memory costs more than a square root
-            all_seen = all_positive(moment)
             size = torch.sqrt(moment, out=buffer).add_(e).clamp_min_(numerator / most)
             s.addcdiv_(numerator, size)
             _threshold_latent_(some_ws, some_gaps, torch.mul(s, factor, out=size))
-            if not all_seen:
-                seen = torch.sign(moment, out=size)
-                torch._foreach_mul_(some_gaps, split_like(seen, some_gaps))
-                s.mul_(seen)
+            seen = torch.sign(moment, out=size)
+            torch._foreach_mul_(some_gaps, split_like(seen, some_gaps))
+            s.mul_(seen)
             if len(some_sums) > 1:
                 torch._foreach_copy_(some_sums, split_like(s, some_sums))
 

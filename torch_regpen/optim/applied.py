@@ -89,9 +89,9 @@ class AppliedPenalty:
             active = None if frozen else batch.with_grads()
             if active is not None:
                 yield from self.mode.before_prox(active, sample)
-            moved = [] if active is None else active.each
+            moved = set() if active is None else {id(terms) for terms in active.each}
             for terms in batch.each:
-                if not any(terms is other for other in moved):
+                if id(terms) not in moved:
                     terms = gathered(terms)
                     yield sliced(terms, sample(terms)), None
 

@@ -19,7 +19,7 @@ from ..distributed.shards import local
 from ..groups.grouping import Elements, working_dtype
 from ..ops import foreach
 from ..ops.batches import JointBatch, TensorBatch
-from ..ops.chunks import all_positive, buffer_like
+from ..ops.chunks import buffer_like
 from ..ops.prox import (
     clip_change,
     group_chunks,
@@ -124,7 +124,7 @@ def _average_groups_(terms: list[Term], gap: Tensor, sums: Tensor, step: Step) -
         r = torch.mul(s, part.radius, out=buffers[2])
         factors = shrink_factors(latent, r, part.grouping, (size, slopes))
         torch.addcmul(latent, latent, factors, value=-1, out=d)
-        if all_positive(m):
+        if part.grouping.all_known(m > 0):
             latent.sub_(d)
             continue
         # An element without a gradient yet is shrunk by at most max_change, and keeps no gap and no sum.

@@ -7,9 +7,10 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from torch_regpen import L0, GroupLasso, RegularizedOptimizer
-from torch_regpen.export import shrink
+from torch_regpen.export import prune_masks, shrink
 from torch_regpen.groups import Coupled
 from torch_regpen.penalties.coupling import coupled_units
 from torch_regpen.schedules import TargetSparsity
@@ -101,6 +102,14 @@ def llama():  # pairs of queries share keys and values
     return transformers.LlamaForCausalLM(config)
 
 
+def distilbert():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 50, "dim": 12, "n_layers": 1, "n_heads": 3, "hidden_dim": 20}
+    return transformers.DistilBertForSequenceClassification(
+        transformers.DistilBertConfig(**sizes, max_position_embeddings=16)
+    )
+
+
 def images(size):
     return lambda batch: torch.randn(batch, 3, size, size)
 
@@ -122,6 +131,7 @@ MODELS = {
     "bert": (bert, tokens),
     "gpt2": (gpt2, tokens),
     "llama": (llama, tokens),
+    "distilbert": (distilbert, tokens),
     "lstm": (Tagger, lambda batch: tokens(batch) % 20),
     "gru": (lambda: Tagger(nn.GRU, num_layers=2, bidirectional=True), lambda batch: tokens(batch) % 20),
 }
@@ -239,6 +249,19 @@ def test_its_modules_print_the_sizes_that_they_have(name):
         assert [(k, v.shape) for k, v in same.state_dict().items()] == [
             (k, v.shape) for k, v in module.state_dict().items()
         ]
+
+
+def test_norms_without_parameters_adopt_the_size_of_their_input():
+    smaller = case("norms")[-1]
+    assert [smaller[4].num_features, smaller[3].out_channels] == [3, 3]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        smaller(torch.randn(2, 3, 9, 9))
+
+
+def test_tied_weights_stay_tied():
+    model = case("gpt2")[-1]
+    assert model.lm_head.weight is model.transformer.wte.weight
 
 
 def test_the_heads_that_are_left_are_counted_by_their_modules():
@@ -471,6 +494,19 @@ def test_a_sharded_model_is_refused(one_rank):
     model[2].weight = nn.Parameter(distribute_tensor(model[2].weight.detach(), one_rank))
     with pytest.raises(ValueError, match=r"'2\.weight' is sharded"):
         shrink(model, torch.randn(2, 6))
+
+
+def test_a_model_with_masks_is_refused_until_they_are_permanent():
+    model, x = mlp(), torch.randn(2, 6)
+    zero_half(model, x)
+    prune_masks(model)
+    model(x)
+    with pytest.raises(ValueError, match=r"torch\.nn\.utils\.prune\.remove first"):
+        shrink(model, x)
+    for layer in model[::2]:
+        if prune.is_pruned(layer):
+            prune.remove(layer, "weight")
+    assert shrink(model, x)[0].out_features == 4
 
 
 def test_a_compiled_model_is_shrunk():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils import prune
 
 from ..distributed.shards import DTensor
 from ..penalties.coupling import Inputs, UnitSet, arguments_in, coupled_units, equal_to_rounding
@@ -58,7 +59,7 @@ def shrink(model: nn.Module, example_inputs: Inputs) -> nn.Module:
     Raises:
         ImportError: Torch-Pruning is not installed.
         TypeError: the model is not a module, or the example inputs are neither a tensor, a tuple nor a dict.
-        ValueError: a parameter is sharded, or not initialized.
+        ValueError: a parameter is sharded, masked by torch.nn.utils.prune, or not initialized.
 
     Example:
         >>> import torch
@@ -80,6 +81,8 @@ def shrink(model: nn.Module, example_inputs: Inputs) -> nn.Module:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             raise ValueError(f"parameter {name!r} is sharded; give an unsharded copy of the model")
+    if prune.is_pruned(model):
+        raise ValueError("the model has masks; make them permanent with torch.nn.utils.prune.remove first")
     smaller = copy.deepcopy(model)
     smaller.zero_grad()
     sets, left = coupled_units(smaller, example_inputs)

@@ -22,7 +22,7 @@ from .coupling_layers import Slices, columns, head_of_rows, inner_columns, rows
 from .lookup import all_refs
 from .units import MULTIPLYING
 
-__all__ = ["Slices", "UnitSet", "coupled_units"]
+__all__ = ["Inputs", "Slices", "UnitSet", "arguments_in", "coupled_units", "equal_to_rounding"]
 
 INPUT = "input"
 _Part = tuple[nn.Module, str]
@@ -77,19 +77,21 @@ def coupled_units(model: nn.Module, example_inputs: Inputs) -> tuple[list[UnitSe
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise ValueError(f"parameter {name!r} is not initialized yet; run the model once on a batch")
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(example_inputs, Mapping):
-        kwargs = dict(example_inputs)
-    elif isinstance(example_inputs, list | tuple):
-        args = tuple(example_inputs)
-    elif isinstance(example_inputs, Tensor):
-        args = (example_inputs,)
-    else:
-        what = type(example_inputs).__name__
-        raise TypeError(f"example_inputs must be a tensor, a tuple or a dict, not {what}")
+    args, kwargs = arguments_in(example_inputs)
     with _unchanged(model):
         return _Coupling(model, args, kwargs).sets()
+
+
+def arguments_in(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments and keyword arguments to call a model with."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, list | tuple):
+        return tuple(example_inputs), {}
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    what = type(example_inputs).__name__
+    raise TypeError(f"example_inputs must be a tensor, a tuple or a dict, not {what}")
 
 
 class _Unit(NamedTuple):
@@ -276,9 +278,9 @@ class _Probe:
         chosen = torch.randperm(units.count, generator=self.random)[: -(-units.count // 2)]
         silent = self._run([(units.readers, chosen, True), (units.members, chosen, False)])
         unread = self._run([(units.readers, chosen, False), (units.members, chosen, False)])
-        if not _equal(silent, unread):
+        if not equal_to_rounding(silent, unread):
             return "a unit that is zero still reaches the layers that read it"
-        if not _equal(unread, self._run([(units.members, chosen, True), (units.readers, chosen, False)])):
+        if not equal_to_rounding(unread, self._run([(units.members, chosen, True), (units.readers, chosen, False)])):
             return "its units are read by more than columns that can be cut: by a norm or a softmax over them, say"
         return None
 
@@ -308,7 +310,7 @@ class _Probe:
         return new.to(tensor)
 
 
-def _equal(one: list[Tensor], other: list[Tensor]) -> bool:
+def equal_to_rounding(one: list[Tensor], other: list[Tensor]) -> bool:
     """Whether outputs are equal to rounding: a product with zero is zero, so that differences come from the device."""
     for a, b in zip(one, other, strict=True):
         largest = float(a[a.isfinite()].abs().max()) if bool(a.isfinite().any()) else 0.0

@@ -18,7 +18,7 @@ from ..groups.layouts import Heads, Units
 from .lookup import ParameterRef
 from .units import GATES, _Attention, grouping_of, is_attention_projection, transformers_conv1d
 
-__all__ = ["Slices", "columns", "head_of_rows", "inner_columns", "out_index", "port_widths", "rows"]
+__all__ = ["Slices", "columns", "head_of_rows", "inner_columns", "out_index", "port_widths", "resize", "rows"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +128,37 @@ def port_widths(layer: Any) -> tuple[int, int] | None:
     if isinstance(layer, nn.GroupNorm):
         return layer.num_channels, 0
     return (layer.normalized_shape[-1], 0) if isinstance(layer, nn.LayerNorm) else None
+
+
+def resize(module: nn.Module, before: dict[str, Any]) -> None:
+    """Make the attributes of a layer fit its parameters, after slices of them were removed.
+
+    Args:
+        module: the layer.
+        before: its parameters as they were before, by name.
+    """
+    layer: Any = module
+    if isinstance(module, _ConvNd):
+        if module.groups > 1:  # whole groups have left
+            module.groups = module.groups * len(module.weight) // len(before["weight"])
+        sizes = len(module.weight), module.weight.shape[1] * module.groups
+        module.out_channels, module.in_channels = sizes[::-1] if isinstance(module, _ConvTransposeNd) else sizes
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, transformers_conv1d()):
+        layer.nx, layer.nf = layer.weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = module.weight.shape[1]
+    elif isinstance(module, _NormBase):
+        module.num_features = len(module.weight)
+    elif isinstance(module, nn.GroupNorm):
+        module.num_groups = module.num_channels = len(module.weight)  # each channel is a group
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(module.weight)
+    elif isinstance(module, nn.RNNBase):
+        module.hidden_size = module.hidden_size * len(layer.weight_hh_l0) // len(before["weight_hh_l0"])
+        module.input_size = layer.weight_ih_l0.shape[1]
+        module._init_flat_weights()
 
 
 def out_index(module: nn.Module, unit: int) -> tuple[str, int]:

@@ -1,0 +1,291 @@
+"""A smaller copy of a model, without the units that are exactly zero."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils import prune
+
+from ..distributed.shards import DTensor
+from ..penalties.coupling import Inputs, UnitSet, arguments_in, coupled_units, equal_to_rounding
+from ..penalties.coupling_graph import copied_buffers, tensors_in
+from ..penalties.coupling_layers import Slices, port_widths, resize, rows
+from ..utils import warn
+
+__all__ = ["shrink"]
+
+Cut = list[tuple[UnitSet, list[int]]]  # sets of units with the indices of the units that leave; all of them or none
+
+# What modules with attention heads, in timm and transformers, call the number of their heads and its product with the
+# size of a head.
+HEADS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads", "n_heads", "n_head", "heads")
+WIDTHS = ("attn_dim", "all_head_size", "split_size", "inner_dim")
+
+
+def shrink(model: nn.Module, example_inputs: Inputs) -> nn.Module:
+    """A copy of a model without the units that are zero throughout: smaller layers, the same outputs up to rounding.
+
+    A unit is what `Coupled` makes one group of: a neuron, a channel, an attention head, a unit of an LSTM. It is zero
+    throughout if all that writes it is exactly zero: its rows, its bias, and its scale and shift in norm layers. Then
+    nothing that reads it is changed without it. The columns that read it leave too, whatever their values are. Of a set
+    of units at least one stays.
+
+    The copy consists of the same modules with smaller parameters, and of no class of this package. Save it whole, with
+    `torch.save(model, file)`: its class would construct the original sizes. It has no gradients, and an optimizer must
+    be constructed anew for it.
+
+    Units stay, and a warning names them and says why, where
+    - the weights are zero, but a bias or the scale or shift of a norm is not, so that they still emit a constant;
+    - they cannot be removed: outputs of the model, units under a LayerNorm, heads of nn.MultiheadAttention, and units
+      whose number is held by an attribute of a module that is not known;
+    - the layers and directions of an LSTM or GRU, which share one `hidden_size`, have different numbers of them;
+    - the outputs for `example_inputs` are not the same without them.
+
+    Args:
+        model: the model, which is not changed.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments to call the model with.
+
+    Returns:
+        The copy, in the mode of the model.
+
+    Raises:
+        ImportError: Torch-Pruning is not installed.
+        TypeError: the model is not a module, or the example inputs are neither a tensor, a tuple nor a dict.
+        ValueError: a parameter is sharded, masked by torch.nn.utils.prune, or not initialized.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch_regpen.export import shrink
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> with torch.no_grad():
+        ...     _ = model[0].weight[:5].zero_(), model[0].bias[:5].zero_()
+        >>> shrink(model, torch.ones(1, 4))
+        Sequential(
+          (0): Linear(in_features=4, out_features=3, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=3, out_features=2, bias=True)
+        )
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ValueError(f"parameter {name!r} is sharded; give an unsharded copy of the model")
+    if prune.is_pruned(model):
+        raise ValueError("the model has masks; make them permanent with torch.nn.utils.prune.remove first")
+    smaller = copy.deepcopy(model)
+    smaller.zero_grad()
+    sets, left = coupled_units(smaller, example_inputs)
+    training = {module: module.training for module in smaller.modules()}
+    smaller.eval()
+    shrinking = _Shrinking(smaller, example_inputs)
+    shrinking.name_left(sets, left)
+    shrinking.remove(shrinking.cuts(sets))
+    for module, mode in training.items():
+        module.training = mode
+    if shrinking.stay:
+        warn(f"shrink could not remove all units that are zero. What stays, and why: {'; '.join(shrinking.stay)}")
+    return smaller
+
+
+class _Shrinking:
+    """Removes units from a model, and restores them where its outputs are not the same.
+
+    Attributes:
+        stay: the units that stay, with the reasons, for a message.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Inputs) -> None:
+        self.model = model
+        self.args, self.kwargs = arguments_in(example_inputs)
+        self.stay: list[str] = []
+        self.names = {module: name for name, module in model.named_modules()}
+        self.parents = {child: parent for parent in self.names for child in parent.children()}
+        self.before = {module: _copied(vars(module)) for module in self.names}
+        self.outputs = self._run()
+
+    def cuts(self, sets: Sequence[UnitSet]) -> list[Cut]:
+        """The zero units that can leave, as far as the modules tell."""
+        found = []
+        for together in _with_common_rnn(sets):
+            cut = [(units, _zero_units(units.members)) for units in together]
+            for units, zero in cut:
+                weights = [part for part in units.members if _parameter(part).ndim > 1]
+                constant = len(_zero_units(weights)) - len(zero)
+                self._stays(units.name, constant, "their weights are zero, but a bias or a norm is not")
+            cut = [(units, zero[: units.count - 1]) for units, zero in cut]
+            most, reason = max(len(zero) for _, zero in cut), next(filter(None, map(self._obstacle, together)), "")
+            if reason:
+                most = 0
+            elif any(isinstance(part.module, nn.RNNBase) for part in together[0].members):
+                most = min(len(zero) for _, zero in cut) if _has_all_parts(together) else 0
+                reason = "the layers and directions of a recurrent layer must keep the same number of units"
+            for units, zero in cut:
+                self._stays(units.name, len(zero[most:]), reason)
+            if most:
+                found.append([(units, zero[:most]) for units, zero in cut])
+        return found
+
+    def remove(self, cuts: list[Cut]) -> None:
+        """Make those of the cuts that leave the outputs as they are."""
+        if cuts:
+            self._apply(self._accepted([], cuts))
+            self._run()  # for `_adopt_size`
+
+    def _accepted(self, accepted: list[Cut], more: list[Cut]) -> list[Cut]:
+        """The accepted cuts, and those of `more` that also leave the outputs as they are, found by bisection."""
+        reason = self._objection([*accepted, *more])
+        if reason is None:
+            return [*accepted, *more]
+        if len(more) == 1:
+            for units, each in more[0]:
+                self._stays(units.name, len(each), reason)
+            return accepted
+        half = len(more) // 2
+        return self._accepted(self._accepted(accepted, more[:half]), more[half:])
+
+    @torch.no_grad()
+    def _apply(self, cuts: list[Cut]) -> None:
+        """Make the model what it was but for the units of these cuts."""
+        for module, contents in self.before.items():
+            vars(module).update(_copied(contents))
+        gone: dict[tuple[nn.Module, str, int], list[Tensor]] = defaultdict(list)
+        for units, each in (unit for cut in cuts for unit in cut):
+            for part in (*units.members, *units.readers):
+                gone[part.module, part.key, part.dim].append(part.index[each].flatten())
+            self._resize_attention(units, len(each))
+        for (module, key, dim), indices in gone.items():
+            parameter: Any = module._parameters[key]
+            kept = torch.ones(parameter.shape[dim], dtype=torch.bool)
+            kept[torch.cat(indices)] = False
+            index = kept.nonzero().flatten().to(parameter.device)
+            module._parameters[key] = nn.Parameter(parameter.index_select(dim, index), parameter.requires_grad)
+            if isinstance(module, _NormBase) and key == "weight":
+                for name in ("running_mean", "running_var"):
+                    buffer = module._buffers.get(name)
+                    module._buffers[name] = None if buffer is None else buffer.index_select(0, index)
+        for module in dict.fromkeys(module for module, *_ in gone):
+            resize(module, self.before[module]["_parameters"])
+
+    def name_left(self, sets: Sequence[UnitSet], left: dict[str, str]) -> None:
+        """Name the zero rows of the layers that have no units, or only some, that can be removed."""
+        in_units: dict[tuple[nn.Module, str], list[Tensor]] = defaultdict(list)
+        for member in (member for units in sets for member in units.members):
+            in_units[member.module, member.key].append(member.index.flatten())
+        for module, name in self.names.items():
+            for part, slices in rows(module).items():
+                where = ".".join(filter(None, (name, part)))
+                if where in left and slices:
+                    first = slices[0]
+                    known = torch.cat([torch.zeros(0, dtype=torch.int64), *in_units[first.module, first.key]])
+                    zero = first.index[_zero_units(slices)]
+                    count = len(zero) - int(torch.isin(zero, known).any(1).sum())
+                    self._stays(where, count, left[where].removeprefix("in part: "))
+
+    def _stays(self, name: str, count: int, reason: str) -> None:
+        if count > 0:
+            self.stay.append(f"{count} of {name!r}: {reason}")
+
+    def _obstacle(self, units: UnitSet) -> str | None:
+        """Why units cannot leave: a module depends on their number, and not only by the sizes of its parameters."""
+        for part in (*units.members, *units.readers):
+            module, size = part.module, _parameter(part).shape[part.dim]
+            if isinstance(module, nn.MultiheadAttention) or isinstance(self.parents.get(module), nn.MultiheadAttention):
+                return "nn.MultiheadAttention requires embed_dim = num_heads * head_dim"
+            if port_widths(module) is None:
+                for key, value in vars(module).items():
+                    if type(value) is int and value == size:
+                        where = f"{self.names[module]}.{key}".lstrip(".")
+                        return f"it is not known what {where} = {size} of {type(module).__name__} means"
+        return None
+
+    def _objection(self, cuts: list[Cut]) -> str | None:
+        """Why the units of these cuts cannot leave: the outputs are not the same."""
+        self._apply(cuts)
+        try:
+            outputs = self._run()
+        except Exception as error:  # whatever the forward pass of a model raises for sizes that it does not expect
+            return f"the forward pass fails without them: {next(iter(str(error).splitlines()), type(error).__name__)}"
+        if [each.shape for each in outputs] != [each.shape for each in self.outputs]:
+            return "the outputs have another shape without them"
+        return None if equal_to_rounding(outputs, self.outputs) else "the outputs differ without them"
+
+    @torch.no_grad()
+    def _run(self) -> list[Tensor]:
+        norms = [module for module in self.names if isinstance(module, _InstanceNorm) and module.weight is None]
+        hooks = [norm.register_forward_pre_hook(_adopt_size) for norm in norms]
+        try:
+            with torch.random.fork_rng(devices=list({p.device for p in self.model.parameters() if p.is_cuda})):
+                # each run draws the same numbers
+                out = functional_call(self.model, copied_buffers(self.model), self.args, self.kwargs)
+                return [tensor.clone() for tensor in tensors_in(out)]
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _resize_attention(self, units: UnitSet, leaving: int) -> None:
+        """Change the number of heads that the parents of projections know, if the units are heads."""
+        projections = [part for part in units.members if _parameter(part).ndim > 1 and part.index.shape[1] > 1]
+        for parent in dict.fromkeys(self.parents[part.module] for part in projections if part.module in self.parents):
+            if any(name in vars(parent) for name in HEADS):
+                for name in (*HEADS, *WIDTHS):
+                    value = vars(parent).get(name)
+                    if type(value) is int and value % units.count == 0:
+                        setattr(parent, name, value // units.count * (units.count - leaving))
+
+
+def _zero_units(slices: Sequence[Slices]) -> list[int]:
+    """The units of which all slices are zero."""
+    zero = torch.ones(len(slices[0].index), dtype=torch.bool)
+    for part in slices:
+        parameter = _parameter(part).detach()
+        alive = (parameter != 0).movedim(part.dim, 0).reshape(parameter.shape[part.dim], -1).any(1).cpu()
+        zero &= ~alive[part.index].any(1)
+    return zero.nonzero().flatten().tolist()
+
+
+def _with_common_rnn(sets: Sequence[UnitSet]) -> list[list[UnitSet]]:
+    """The sets, in lists; those that write units of the same recurrent layer are in one."""
+    found: list[tuple[set[nn.Module], list[UnitSet]]] = []
+    for units in sets:
+        layers = {part.module for part in units.members if isinstance(part.module, nn.RNNBase)}
+        joined = [each for each in found if each[0] & layers]
+        found = [each for each in found if not each[0] & layers]
+        together = [other for each in joined for other in each[1]]
+        found.append((layers.union(*(each[0] for each in joined)), [*together, units]))
+    return [together for _, together in found]
+
+
+def _has_all_parts(sets: Sequence[UnitSet]) -> bool:
+    """Whether the sets have units of all layers and directions of their recurrent layers."""
+    places = {(part.module, part.key) for units in sets for part in units.members}
+    return all(
+        (module, name) in places
+        for module in {module for module, _ in places if isinstance(module, nn.RNNBase)}
+        for name in module._parameters
+    )
+
+
+def _adopt_size(norm: Any, args: tuple[Tensor, ...]) -> None:
+    """Without parameters, the size that the norm knows is not in the way, but it would warn about it."""
+    norm.num_features = args[0].shape[args[0].ndim - norm._get_no_batch_dim()]
+
+
+def _parameter(part: Slices) -> Tensor:
+    parameter: Tensor = getattr(part.module, part.key)
+    return parameter
+
+
+def _copied(contents: dict[str, Any]) -> dict[str, Any]:
+    """The attributes, and copies of the dicts of parameters and buffers, which are changed in place."""
+    return {**contents, "_parameters": dict(contents["_parameters"]), "_buffers": dict(contents["_buffers"])}

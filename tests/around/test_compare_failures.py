@@ -318,7 +318,8 @@ def test_a_short_training_has_two_points_and_each_method_one_file(tmp_path):
     assert len(files) == 4
     for file in files:
         events = EventAccumulator(str(file)).Reload()
-        counts = {tag: len(events.Scalars(tag)) for tag in events.Tags()["scalars"]}
+        tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("flipped/")]  # since the log before
+        counts = {tag: len(events.Scalars(tag)) for tag in tags}
         assert min(counts.values()) >= 2, counts
 
 

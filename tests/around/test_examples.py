@@ -54,7 +54,7 @@ def test_compare_weight_decay(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_same_lambda_every_optimizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run("same_lambda_every_optimizer.py", "--steps", "300", "--plot", str(tmp_path / "plot.png"))
+    run("same_lambda_every_optimizer.py", "--steps", "500", "--plot", str(tmp_path / "plot.png"))
     out = capsys.readouterr().out
     same = dict(re.findall(r"(.+?) +auto +(\d+) of 16", out))
     assert len(same) == 5

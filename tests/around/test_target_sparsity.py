@@ -15,7 +15,7 @@ from torch import nn
 from torch_regpen import L0, L1, L2, GroupLasso, LogSum, RegularizedOptimizer
 from torch_regpen.schedules import TargetSparsity
 
-# The target.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def mlp():
@@ -58,16 +58,16 @@ def rows(model):
     return whole.double().mean().item()
 
 
-STEPS, HELD = 200, 60
+STEPS, HELD = 150, 50
 
 
-def trained(digits, model, optimizer, schedule, first=0, last=STEPS + HELD, measure=elements):
+def trained(digits, model, optimizer, schedule, first=0, last=STEPS + HELD, measure=elements, total=STEPS + HELD):
     """Trains with a learning rate that falls to zero along a cosine; returns the fraction of zeros after each step."""
     x, y = digits
     fractions = []
     base = optimizer.param_groups[0].setdefault("base_lr", optimizer.param_groups[0]["lr"])
     for step in range(first, last):
-        optimizer.param_groups[0]["lr"] = base * 0.5 * (1 + math.cos(math.pi * step / (STEPS + HELD)))
+        optimizer.param_groups[0]["lr"] = base * 0.5 * (1 + math.cos(math.pi * step / total))
         batch = torch.randint(len(x), (32,), generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
@@ -101,10 +101,12 @@ def test_the_target_is_reached_and_held(digits, make, optimizer, mode, kind, lam
     torch.manual_seed(0)
     model = make()
     wrapped = RegularizedOptimizer(optimizer(model), kind(model, lam), mode)
-    schedule = TargetSparsity(wrapped, target, steps=STEPS)
-    fractions = trained(digits, model, wrapped, schedule)
-    assert abs(fractions[STEPS - 1] - target) <= 0.01
-    held = torch.tensor(fractions[STEPS:])
+    longer = optimizer is adamw and kind is L0  # whose zeros come and go for longer
+    steps, total = (300, 390) if longer else (STEPS, STEPS + HELD)
+    schedule = TargetSparsity(wrapped, target, steps=steps)
+    fractions = trained(digits, model, wrapped, schedule, last=total, total=total)
+    assert abs(fractions[steps - 1] - target) <= 0.01
+    held = torch.tensor(fractions[steps:])
     assert abs(held.mean().item() - target) <= 0.01
     assert (held - target).abs().max() <= 0.03  # between two readings the noise of the gradients shows
 

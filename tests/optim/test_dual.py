@@ -53,7 +53,7 @@ def test_it_is_the_textbook_loop_for_every_kind_and_grouping(kind, momentum):
     penalty = VARIANTS[kind](hand, LAM)
     latent = [p.detach().clone() for p in hand.parameters()]
     velocity = [torch.zeros_like(p) for p in hand.parameters()]
-    for step in range(12):
+    for step in range(8):
         backward(ours, step)
         backward(hand, step)
         optimizer.step()

@@ -24,7 +24,7 @@ DECAYING = {
 }
 
 
-def solve(problem, optimizer, steps=1000, decayed=700):
+def solve(problem, optimizer, steps=800, decayed=500):
     if isinstance(optimizer.optimizer, optim.SGD):  # which comes to rest at a constant learning rate
         problem.train(optimizer, 600)
         return problem.weight[0]
@@ -104,7 +104,7 @@ RARE = {
 }
 
 
-def embedded(name, mode, kind=L1, steps=500):
+def embedded(name, mode, kind=L1, steps=400):
     """Rows of an embedding are fitted 8 at a time, the last 5 never: which are zero, and the error of the others."""
     torch.manual_seed(0)
     model = nn.Embedding(100, 4, sparse=name == "SparseAdam")

@@ -96,3 +96,16 @@ def test_a_compiled_step_is_the_eager_one(make, mode, backend):
     expected = stepped(make, mode, None)
     torch.compiler.set_stance("default")
     torch.testing.assert_close(stepped(make, mode, backend), expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_a_layer_that_compiled_steps_made_zero_stays_zero_when_frozen():
+    layer = nn.Linear(4, 4, bias=False)
+    sgd = torch.optim.SGD(layer.parameters(), lr=0.1)
+    optimizer = RegularizedOptimizer(sgd, L1(layer, 50.0), "proximal")
+    compiled = torch.compile(optimizer.step, backend="eager")
+    for step in (compiled, compiled, optimizer.step):
+        layer.weight.grad = torch.ones(4, 4)
+        if step == optimizer.step:
+            optimizer.freeze_zeros()
+        step()
+        assert (layer.weight == 0).all()

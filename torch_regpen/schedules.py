@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops.terms import by_tensor
+from .ops.terms import Term, by_tensor
 from .ops.thresholds import makes_zeros, sampled, stride_for, zero_factors
 from .optim.wrapper import RegularizedOptimizer
 from .penalties.base import Penalty
@@ -192,6 +192,7 @@ class TargetSparsity:
             raise ValueError(f"{penalty!r} zeroes nothing; L2 only shrinks")
         self.optimizer = optimizer
         self._penalty = penalty
+        self._strided: tuple[list[Term], int] = [], 1  # the terms, and the stride at which they are read
         self.target = target
         self.steps = _checked_count("steps", steps)
         self.every = min(max(steps // READINGS, 1), MOST) if every is None else _checked_count("every", every)
@@ -229,6 +230,9 @@ class TargetSparsity:
                 method()
 
         self.optimizer.optimizer.register_step_post_hook(hook)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_strided": ([], 1)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -294,7 +298,10 @@ class TargetSparsity:
 
     def _zero_factors(self) -> Tensor:
         """`zero_factors` of a sample, sorted, on the CPU."""
-        stride = stride_for(by_tensor(self._penalty.terms()), ELEMENTS, GROUPS)
+        terms = self._penalty.terms()
+        if terms is not self._strided[0]:
+            self._strided = terms, stride_for(by_tensor(terms), ELEMENTS, GROUPS)
+        stride = self._strided[1]
         take = partial(sampled, stride=stride, start=self.last_step)
         work = ((terms, step) for terms, step in self.optimizer.before_prox(take) if any(map(makes_zeros, terms)))
         return zero_factors(work).cpu().sort().values

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..distributed.shards import local
 from ..groups.grouping import working_dtype
-from .chunks import batch_indices
-from .step import Step
+from .chunks import batch_indices, joined, spread_scalars
+from .step import Step, adaptive
 from .terms import Joint, Term, by_tensor, coefficients, gathered
 
-__all__ = ["JointBatch", "TensorBatch", "batches"]
+__all__ = ["JointBatch", "TensorBatch", "as_one_tensor", "batches", "is_packed"]
 
 
 @dataclass(slots=True, eq=False)
@@ -194,3 +194,27 @@ def _largest(changes: list[float | Tensor]) -> float | Tensor:
 def _equal(a: float | Tensor, b: float | Tensor) -> bool:
     """Whether two numbers are equal; False for tensors, because comparing them would synchronize with the device."""
     return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
+
+
+def is_packed(batch: TensorBatch) -> bool:
+    """Whether it is several tensors that can be read as one flat tensor."""
+    return len(batch.tensors) > 1 and not isinstance(batch, JointBatch) and local(batch.tensors[0]) is batch.tensors[0]
+
+
+def as_one_tensor(batch: TensorBatch, steps: Sequence[Step]) -> tuple[TensorBatch, list[Step]]:
+    """A copy of a batch of several tensors as one tensor, with its step; a batch of a single tensor as it is."""
+    if isinstance(batch, JointBatch):
+        return batch.matrix(), [batch.step(steps)]
+    if not is_packed(batch):
+        return batch, list(steps)
+    flat = joined(batch.tensors)
+    if all(step is steps[0] for step in steps) and not steps[0].by_element:
+        step = steps[0]
+    elif (fused := adaptive(steps)) is not None:
+        moments, numerators, eps, max_change = fused
+        size = joined(moments).sqrt().add_(spread_scalars(eps, batch.tensors))
+        step = Step(spread_scalars(numerators, batch.tensors).div(size), max_change)
+    else:
+        sizes = [_expanded(step.size, w) for step, w in zip(steps, batch.tensors, strict=True)]
+        step = Step(joined(sizes), steps[0].max_change)
+    return TensorBatch([[replace(term, tensor=flat) for term in batch.terms]], [flat], batch.group), [step]

@@ -18,8 +18,8 @@ from torch import Tensor
 from ..distributed.shards import local
 from ..groups.grouping import Elements, working_dtype
 from ..ops import foreach
-from ..ops.batches import JointBatch, TensorBatch
-from ..ops.chunks import buffer_like
+from ..ops.batches import JointBatch, TensorBatch, is_packed
+from ..ops.chunks import buffer_like, joined
 from ..ops.prox import (
     clip_change,
     group_chunks,
@@ -147,6 +147,16 @@ def _scale_groups_(terms: list[Term], gap: Tensor, sums: Tensor) -> bool:
         torch.addcmul(w, w, factors, value=-1, out=d)
         w.mul_(factors)
     return True
+
+
+def joined_states(batch: TensorBatch, states: Sequence[State]) -> list[State]:
+    """The gaps and the sums of several tensors as those of one flat tensor; of a single tensor as they are."""
+    if not is_packed(batch):
+        return list(states)
+    gaps, sums = ([state[name] for state in states] for name in (GAP, STEPS))
+    if all(s.ndim for s in sums):
+        return [{GAP: joined(gaps), STEPS: joined(sums)}]
+    return [{GAP: joined(gaps), STEPS: joined([s.expand_as(w) for s, w in zip(sums, gaps, strict=True)])}]
 
 
 def matrix(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..ops import foreach
-from ..ops.batches import JointBatch, TensorBatch
+from ..ops.batches import JointBatch, TensorBatch, as_one_tensor
 from ..ops.chunks import Slicer
 from ..ops.closed_forms import check_prox
 from ..ops.decay import decay_
@@ -179,10 +179,7 @@ class Proximal(Mode):
             batch: the tensors, which the update has moved.
             sample: for the terms of a tensor, what takes a part of it and of each tensor beside it.
         """
-        steps = self.steps_of(batch)
-        if isinstance(batch, JointBatch):
-            steps = [batch.step(steps)]
-            batch = batch.matrix()
+        batch, steps = as_one_tensor(batch, self.steps_of(batch))
         for terms, step in zip(batch.each, steps, strict=True):
             take = sample(terms)
             yield sliced(terms, take), step.sliced(take).size
@@ -210,6 +207,9 @@ class Dual(Proximal):
         states = list(map(self._state_of, batch.tensors, steps))
         if isinstance(batch, JointBatch):
             batch, states, steps = dual_averaging.matrix(batch, states, steps)
+        else:
+            states = dual_averaging.joined_states(batch, states)
+            batch, steps = as_one_tensor(batch, steps)
         for terms, state, step in zip(batch.each, states, steps, strict=True):
             take = sample(terms)
             some = sliced(terms, take)

@@ -186,9 +186,10 @@ def _expanded(size: float | Tensor, w: Tensor) -> Tensor:
 
 
 def _largest(changes: list[float | Tensor]) -> float | Tensor:
-    if any(isinstance(change, Tensor) for change in changes):
-        return torch.stack([torch.as_tensor(change) for change in changes]).amax()
-    return max(changes)
+    like = next((change for change in changes if isinstance(change, Tensor)), None)
+    if like is None:
+        return max(changes)
+    return torch.stack([torch.as_tensor(change, dtype=like.dtype, device=like.device) for change in changes]).amax()
 
 
 def _equal(a: float | Tensor, b: float | Tensor) -> bool:

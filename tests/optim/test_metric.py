@@ -89,7 +89,7 @@ def test_centered_rmsprop_comes_to_rest_though_its_step_is_unbounded():
         optimizer.step()
     step = own_step(optimizer, w)
     assert (step.size > 500 * 1e-3).all()  # and not by lr/|g|
-    assert step.cap >= 10 * (step.size * w.grad).max()
+    assert step.max_change >= 10 * (step.size * w.grad).max()
 
 
 # What has no step for a unit gradient, and what knows its own.

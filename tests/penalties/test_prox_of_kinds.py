@@ -10,12 +10,20 @@ from helpers.oracles import least
 from torch import nn
 
 from torch_regpen import functional as F
+from torch_regpen.scalar import ScalarElasticNet, ScalarL0, ScalarLHalf, ScalarLogSum, ScalarMCP, ScalarSCAD
 
 EACH = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "Capped"])
 NON_CONVEX = pytest.mark.parametrize("kind", ["MCP", "SCAD", "LogSum", "LHalf", "L0"])
 
 
 # Prox: brute force
+
+
+def having(scalar, **attributes):
+    """A scalar penalty with a tensor of shapes in place of a number: all at once."""
+    penalty = scalar.__new__(scalar)
+    vars(penalty).update(attributes)
+    return penalty
 
 
 def settings(kind, n=560):
@@ -45,17 +53,20 @@ def rho_and_prox(kind, shape, a):
     column = shape[:, None]
     knee = shape * a  # SCAD falls from `shape` on
     return {
-        "L1": (RHO["L1"], lambda u, t: F.elastic_net_rho_prox(u, t, 1.0, 0.0)),
-        "L2": (RHO["L2"], lambda u, t: F.elastic_net_rho_prox(u, t, 0.0, 1.0)),
-        "ElasticNet": (RHO["ElasticNet"], lambda u, t: F.elastic_net_rho_prox(u, t, RATIO, 1 - RATIO)),
-        "MCP": (lambda v: mcp(v, column), lambda u, t: F.mcp_rho_prox(u, t, shape.to(u.dtype))),
+        "L1": (RHO["L1"], ScalarElasticNet(1.0, 0.0).rho_prox),
+        "L2": (RHO["L2"], ScalarElasticNet(0.0, 1.0).rho_prox),
+        "ElasticNet": (RHO["ElasticNet"], ScalarElasticNet(RATIO, 1 - RATIO).rho_prox),
+        "MCP": (lambda v: mcp(v, column), lambda u, t: having(ScalarMCP, knee=shape.to(u.dtype)).rho_prox(u, t)),
         "SCAD": (
             lambda v: scad(v, knee[:, None], a[:, None]),
-            lambda u, t: F.scad_rho_prox(u, t, knee.to(u.dtype), a.to(u.dtype)),
+            lambda u, t: having(ScalarSCAD, knee=knee.to(u.dtype), a=a.to(u.dtype)).rho_prox(u, t),
         ),
-        "LogSum": (lambda v: log_sum(v, column), lambda u, t: F.log_sum_rho_prox(u, t, shape.to(u.dtype))),
-        "LHalf": (RHO["LHalf"], F.l_half_rho_prox),
-        "L0": (RHO["L0"], F.l0_rho_prox),
+        "LogSum": (
+            lambda v: log_sum(v, column),
+            lambda u, t: having(ScalarLogSum, eps=shape.to(u.dtype)).rho_prox(u, t),
+        ),
+        "LHalf": (RHO["LHalf"], ScalarLHalf().rho_prox),
+        "L0": (RHO["L0"], ScalarL0().rho_prox),
     }[kind]
 
 

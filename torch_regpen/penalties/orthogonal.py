@@ -41,7 +41,7 @@ class Orthogonal(Penalty):
         if measure not in ("gram", "cosine"):
             raise ValueError(f"measure must be 'gram' or 'cosine', but got {measure!r}")
         if kw.keys() - {"select"}:
-            raise TypeError(f"Orthogonal accepts params, lam, select and measure, not {sorted(kw.keys() - {'select'})}")
+            raise TypeError(f"Orthogonal takes params, lam, select and measure, not {sorted(kw.keys() - {'select'})}")
         self.measure = measure
         super().__init__(params, lam, **kw)
 

@@ -357,3 +357,37 @@ def test_a_missing_torch_pruning_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(ImportError, match=r"torch_regpen\[pruning\]"):
         coupled(GroupLasso, model, x)
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.RMSprop])
+def test_the_step_of_each_tensor_of_a_unit_is_that_of_its_own_group(make):
+    model, x, y = problem()
+    rates = {w: 0.01 if w.ndim > 1 else 0.001 for w in model.parameters()}
+    penalty = coupled(GroupLasso, model, x, lam=0.002)
+    twin = copy.deepcopy(model)
+
+    def optimizer_of(net):
+        ps = list(net.parameters())
+        lrs = list(rates.values())
+        return make([{"params": [p], "lr": lr} for p, lr in zip(ps, lrs, strict=True)])
+
+    optimizer, bare = RegularizedOptimizer(optimizer_of(model), penalty, "proximal"), optimizer_of(twin)
+    for net, opt in ((model, optimizer), (twin, bare)):
+        F.cross_entropy(net(x), y).backward()
+        opt.step()
+    steps = copy.deepcopy(twin)
+    with torch.no_grad():
+        for w, into, lr in zip(twin.parameters(), steps.parameters(), rates.values(), strict=True):
+            moment = (
+                bare.state[w]["exp_avg_sq"] / (1 - 0.999) if make is torch.optim.Adam else bare.state[w]["square_avg"]
+            )
+            into.copy_(lr / (moment.sqrt() + 1e-8))
+    minima = 0
+    for ours, theirs, sizes in zip(units(model), units(twin), units(steps), strict=True):
+        v, w, s = joined(ours).detach(), joined(theirs).detach(), joined(sizes).detach()
+        if (v - w).norm() > 0.999 * 10 * 0.01 * math.sqrt(len(w)):
+            continue
+        minima += 1
+        residual = (v - w) / s + 0.002 * math.sqrt(len(w)) * v / v.norm()
+        torch.testing.assert_close(residual, torch.zeros_like(v), atol=1e-8, rtol=0)
+    assert minima >= 3

@@ -257,15 +257,11 @@ def _soft_threshold_(some: list[Tensor], t: Scalar) -> None:
         torch._foreach_copy_(some, split_like(x.sub_(clamped), some))
 
 
-def _threshold_latent_(ws: list[Tensor], gaps: list[Tensor], t: Scalar) -> None:
+def _threshold_latent_(ws: list[Tensor], gaps: list[Tensor], t: Tensor) -> None:
     """`threshold_latent_` of one piece; thresholds for each element are overwritten."""
     in_place = len(ws) == 1 and ws[0].dtype == gaps[0].dtype and not torch.compiler.is_compiling()
     z = ws[0].add_(gaps[0]) if in_place else joined_wide(ws) + joined_wide(gaps)
-    out = gaps[0] if in_place else None
-    if isinstance(t, Tensor):
-        gap = torch.minimum(z, t, out=out).clamp_min_(t.neg_() if t.ndim else -t)
-    else:
-        gap = torch.clamp(z, -t, t, out=out)
+    gap = torch.minimum(z, t, out=gaps[0] if in_place else None).clamp_min_(t.neg_() if t.ndim else -t)
     if in_place:
         z.sub_(gap)
         return

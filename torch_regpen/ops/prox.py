@@ -78,9 +78,7 @@ def _prox_along_rays_(terms: list[Term], step: Step) -> bool:
         return False
     (term,) = terms
     w = term.tensor
-    rows = [
-        dim for dim in separable_dims(terms) if dim == 0
-    ]  # along another dimension a norm reads memory in order uncut
+    rows = [dim for dim in separable_dims(terms) if dim == 0]  # across rows, a norm is read in the order of memory
     for take in slicers(w, rows, times=8):
         scale_(term, take(w), step.size * take(term.scaled_lam))
     return True

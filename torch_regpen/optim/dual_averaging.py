@@ -49,8 +49,14 @@ def make_gap(parameter: Tensor, state: State, step: Step) -> None:
     for name, dtype in ((GAP, torch.promote_types(parameter.dtype, real)), (STEPS, real)):
         if state[name].dtype != dtype or state[name].device != parameter.device:  # of a model that was cast, or moved
             state[name] = state[name].to(parameter.device, dtype)
-    if step.by_element and not state[STEPS].ndim:
-        state[STEPS] = torch.zeros_like(parameter, dtype=real) + state[STEPS]
+    if step.by_element:
+        _spread_steps(parameter, state)
+
+
+def _spread_steps(parameter: Tensor, state: State) -> None:
+    """Let each element have a sum of its own."""
+    if not state[STEPS].ndim:
+        state[STEPS] = torch.zeros_like(parameter, dtype=working_dtype(parameter.dtype)) + state[STEPS]
 
 
 def reset(states: Sequence[State]) -> None:
@@ -166,8 +172,7 @@ def matrix(
     step = batch.step(steps)
     if step.by_element:
         for w, state in zip(batch.tensors, states, strict=True):
-            if not state[STEPS].ndim:
-                state[STEPS] = torch.zeros_like(w, dtype=working_dtype(w.dtype)) + state[STEPS]
+            _spread_steps(w, state)
         sums = batch.joint.gather([state[STEPS] for state in states])
     else:  # the tensors have been stepped together, so that their sums are the same
         sums = states[0][STEPS].clone()

@@ -160,11 +160,12 @@ class Proximal(Mode):
 
     def with_steps(self, active: list[TensorBatch]) -> Iterator[tuple[TensorBatch, list[Step]]]:
         """Each batch with its steps; batches whose steps hold no tensor of the parameter's size share one call."""
-        if not has_small_steps(self.optimizer, self.metric):
-            yield from ((batch, self.steps_of(batch)) for batch in active)
-            return
-        for _, some in groupby(active, key=lambda b: (id(b.group), b.tensors[0].dtype, b.tensors[0].device)):
+        shared = has_small_steps(self.optimizer, self.metric)
+        for key, some in groupby(active, key=lambda batch: _owner(batch) if shared else None):
             alike = list(some)
+            if key is None:  # the tensors of a joint batch may be in several param_groups
+                yield from ((batch, self.steps_of(batch)) for batch in alike)
+                continue
             tensors = [w for batch in alike for w in batch.tensors]
             steps = iter(steps_of(self.optimizer, tensors, alike[0].group, self.metric))
             for batch in alike:
@@ -229,6 +230,11 @@ class Dual(Proximal):
         state: dict[str, Any] = self.optimizer.state[parameter]
         dual_averaging.make_gap(parameter, state, step)
         return state
+
+
+def _owner(batch: TensorBatch) -> tuple[Any, ...] | None:
+    """What the tensors of a batch have in common where their steps can be found together; else None."""
+    return None if isinstance(batch, JointBatch) else (id(batch.group), batch.tensors[0].dtype, batch.tensors[0].device)
 
 
 def _steps_of_each(optimizer: Optimizer, batch: JointBatch, metric: Metric) -> list[Step]:

@@ -1,6 +1,12 @@
+import os
+
 import pytest
 import torch
 from hypothesis import settings
+
+# Small networks train faster on one thread, and several processes run the tests side by side.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+torch.set_num_threads(1)
 
 settings.register_profile("same every time", derandomize=True, deadline=None, max_examples=50, database=None)
 settings.load_profile("same every time")
@@ -18,15 +24,6 @@ def device(request):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """Small networks train faster on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

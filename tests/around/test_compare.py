@@ -13,7 +13,6 @@ from torch_regpen import L0, L1, L2, MCP, ActivityPenalty, GroupLasso, Penalty
 from torch_regpen.compare import Comparison, Trial, compare
 
 LAMS = [0.1, 0.01]
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def data(seed):

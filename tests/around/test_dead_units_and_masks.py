@@ -13,8 +13,6 @@ from torch.nn.utils import parametrizations, prune
 from torch_regpen import L1, GroupLasso
 from torch_regpen.export import dead_units, prune_masks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def model():

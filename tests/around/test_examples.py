@@ -15,7 +15,6 @@ pytest.importorskip("tensorboard")
 pytest.importorskip("tqdm")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(name: str, *argv: str) -> None:

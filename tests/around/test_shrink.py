@@ -16,7 +16,6 @@ from torch_regpen.penalties.coupling import coupled_units
 from torch_regpen.schedules import TargetSparsity
 
 pytest.importorskip("torch_pruning")
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Tagger(nn.Module):

@@ -12,9 +12,6 @@ from torch import nn
 from torch_regpen.export import dead_units
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "export_pruned.py"
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # Torch-Pruning: dead units taken out
 
 

@@ -10,9 +10,6 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch_regpen import L1
 from torch_regpen.export import load_sparse_state_dict, sparse_state_dict
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # Sparse files
 
 

@@ -15,8 +15,6 @@ from torch import nn
 from torch_regpen import L0, L1, L2, GroupLasso, LogSum, RegularizedOptimizer
 from torch_regpen.schedules import TargetSparsity
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def mlp():
     return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))

@@ -7,7 +7,7 @@ from torch import nn, optim
 from torch_regpen import GroupLasso, RegularizedOptimizer
 from torch_regpen.groups import Blocks, Heads, Slices
 from torch_regpen.ops import chunks
-from torch_regpen.ops.prox import shrink_factors
+from torch_regpen.ops.root_search import shrink_factors
 
 SHAPES = {
     "rows": ((12, 30), "output", lambda w: list(w)),

@@ -28,12 +28,14 @@ class TensorBatch:
         tensors: the tensors.
         group: the param_group of the optimizer that owns the tensors; empty outside an optimizer.
         grads: the gradients of the tensors; only set in the result of `with_grads`.
+        compiled: whether operations go through torch.compile where they can.
     """
 
     each: list[list[Term]]
     tensors: list[Tensor]
     group: dict[str, Any]
     grads: list[Tensor] = field(default_factory=list)
+    compiled: bool = field(default=False, kw_only=True)
 
     @property
     def terms(self) -> list[Term]:
@@ -79,16 +81,16 @@ class TensorBatch:
         """The batch of the tensors at some indices."""
         if len(indices) == len(self.tensors):
             return self
-        return TensorBatch([self.each[i] for i in indices], [self.tensors[i] for i in indices], self.group)
+        return replace(self, each=[self.each[i] for i in indices], tensors=[self.tensors[i] for i in indices])
 
     def with_grads(self) -> TensorBatch | None:
         """The batch of the tensors that have a gradient, with `grads` set; None if no tensor has one."""
         grads = list(map(attrgetter("grad"), self.tensors))
         if not any(grad is None for grad in grads):
-            return TensorBatch(self.each, self.tensors, self.group, grads)
+            return replace(self, grads=grads)
         each = [terms for terms, grad in zip(self.each, grads, strict=True) if grad is not None]
         tensors = [terms[0].tensor for terms in each]
-        return TensorBatch(each, tensors, self.group, [grad for grad in grads if grad is not None]) if each else None
+        return replace(self, each=each, tensors=tensors, grads=[g for g in grads if g is not None]) if each else None
 
 
 @dataclass(slots=True, eq=False)
@@ -113,7 +115,7 @@ class JointBatch(TensorBatch):
     def matrix(self) -> TensorBatch:
         """The batch of the gathered matrix, a copy of the weights; differentiable."""
         terms = gathered(self.terms)
-        return TensorBatch([terms], [terms[0].tensor], self.group)
+        return TensorBatch([terms], [terms[0].tensor], self.group, compiled=self.compiled)
 
     def scatter_(self, matrix: Tensor) -> None:
         """Write the matrix back into the tensors."""
@@ -148,25 +150,30 @@ class JointBatch(TensorBatch):
         return Step(self.joint.gather(sizes), max_change, unseen)
 
 
-def batches(terms: Iterable[Term], owners: dict[int, dict[str, Any]] | None = None) -> list[TensorBatch]:
+def batches(
+    terms: Iterable[Term], owners: dict[int, dict[str, Any]] | None = None, *, compiled: bool = False
+) -> list[TensorBatch]:
     """Divide terms into as few batches as possible.
 
     Args:
         terms: terms on any tensors.
         owners: a dict from the id of each tensor to the param_group of the optimizer that owns it.
+        compiled: see `TensorBatch`.
     """
     alike: dict[Any, TensorBatch] = {}
     for of_tensor in by_tensor(terms):
         w, joint = of_tensor[0].tensor, of_tensor[0].joint
         if joint is not None:
             groups = [owners[id(parameter)] if owners is not None else {} for parameter in joint.parameters]
-            alike[id(w)] = JointBatch([of_tensor], joint.parameters, groups[0], joint=joint, owners=groups)
+            alike[id(w)] = JointBatch(
+                [of_tensor], joint.parameters, groups[0], joint=joint, owners=groups, compiled=compiled
+            )
             continue
         group = owners[id(w)] if owners is not None else {}
         key: Any = id(w)
         if all(term.elementwise and term.length is None for term in of_tensor):
             key = (owners and id(group), *((id(term.penalty), id(term.group), term.factor) for term in of_tensor))
-        batch = alike.setdefault(key, TensorBatch([], [], group))
+        batch = alike.setdefault(key, TensorBatch([], [], group, compiled=compiled))
         batch.each.append(of_tensor)
         batch.tensors.append(w)
     found: list[TensorBatch] = []

@@ -7,8 +7,7 @@ one grouping; `closed_forms.check_prox` raises where it is not.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,31 +15,18 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
-from ..distributed.shards import local
 from ..groups.grouping import Elements, working_dtype
-from ..groups.layouts import Slices
 from ..groups.norms import NormGrouping
-from . import foreach
+from . import compiled_groups, foreach
 from .batches import JointBatch, TensorBatch
-from .chunks import buffer_like, sizes, slicers
+from .chunks import buffer_like, slicers
+from .group_chunks import group_chunks, is_group_lasso, scales_in_place
+from .root_search import shrink_factors
 from .sharded import on_local_shards
 from .step import Step, is_scalar
 from .terms import Term, chunked_terms, separable_dims
 
-__all__ = [
-    "GroupChunk",
-    "clip_change",
-    "group_chunks",
-    "has_group_views",
-    "is_group_lasso",
-    "one_step",
-    "prox",
-    "prox_",
-    "shrink_factors",
-    "zero_lengths_",
-]
-
-NEWTON_STEPS = 16  # of the root search; 13 were the most that any of 800,000 groups, made to be hard, needed
+__all__ = ["clip_change", "one_step", "prox", "prox_", "zero_lengths_"]
 
 
 def one_step(steps: Sequence[Step]) -> bool:
@@ -65,7 +51,9 @@ def prox_(batch: TensorBatch, steps: Sequence[Step]) -> None:
         return
     for terms, step in zip(batch.each, steps, strict=True):
         terms = [term for term in terms if not term.inactive]
-        if _prox_along_rays_(terms, step) or _shrink_groups_(terms, step):
+        if _prox_along_rays_(terms, step) or (batch.compiled and compiled_groups.shrink_groups_(terms, step)):
+            continue
+        if _shrink_groups_(terms, step):
             continue
         for some, take in chunked_terms(terms):
             part = step.sliced(take)
@@ -101,81 +89,6 @@ def _shrink_groups_(terms: list[Term], step: Step) -> bool:
             change.mul_((most / part.grouping.norm(change)).clamp_max_(1))
         x.sub_(change)
     return True
-
-
-def is_group_lasso(terms: list[Term], *beside: Tensor) -> bool:
-    """Whether they are a single group lasso in full precision, of which the tensor and those beside it are views."""
-    if not has_group_views(terms, *beside):
-        return False
-    w = terms[0].tensor
-    return terms[0].linear > 0 and not terms[0].quadratic and w.dtype == working_dtype(w.dtype)
-
-
-@dataclass(slots=True, eq=False)
-class GroupChunk:
-    """Whole groups of one tensor with one term, and the same part of tensors beside it, in views.
-
-    Attributes:
-        views: of the tensor, and of those beside it.
-        grouping: the groups of the views.
-        lam: lambda with the factors of the term, a number or one for each group.
-        size: the number of elements of a group.
-        count: how often a group counts: `size`, or once.
-    """
-
-    views: list[Tensor]
-    grouping: NormGrouping
-    lam: Any
-    size: int
-    count: int
-
-    @property
-    def radius(self) -> Any:
-        """What multiplies the norm of a group in the penalty: `lam * sqrt(count)`."""
-        return self.lam * math.sqrt(self.count)
-
-
-def group_chunks(term: Term, *beside: Tensor) -> Iterator[GroupChunk]:
-    """A term over groups in chunks that fit the cache; `has_group_views` holds."""
-    grouping: Any = term.grouping
-    views = [grouping.view(x) for x in (term.tensor, *beside)]
-    shape, dims, lam = views[0].shape, grouping.dims(views[0].ndim), term.scaled_lam
-    size = math.prod(shape[dim] for dim in dims)
-    count = size if grouping.scale else 1
-    if len(dims) > 1 and dims[0] == 1 and len(dims) == len(shape) - 1 and all(x.is_contiguous() for x in views):
-        views, grouping, dims = [x.flatten(1) for x in views], Slices(0), [1]
-        lam = lam.flatten(1) if isinstance(lam, Tensor) else lam
-    kept = [dim for dim in range(views[0].ndim) if dim not in dims]
-    if not kept:
-        yield GroupChunk(views, grouping, lam, size, count)
-        return
-    dim = max(kept, key=views[0].size)
-    chunks = -(-views[0].numel() // sizes(views[0]).group_chunk) or 1
-    length = max(1, -(-views[0].shape[dim] // chunks))
-    for start in range(0, views[0].shape[dim], length):
-        some = [x.narrow(dim, start, min(length, x.shape[dim] - start)) for x in views]
-        part = lam
-        if isinstance(lam, Tensor) and lam.ndim > dim and lam.shape[dim] > 1:
-            part = lam.narrow(dim, start, some[0].shape[dim])
-        yield GroupChunk(some, grouping, part, size, count)
-
-
-def has_group_views(terms: list[Term], *beside: Tensor) -> bool:
-    """Whether they are a single term over groups, of which the tensor and those beside it are views."""
-    if not scales_in_place(terms):
-        return False
-    grouping: Any = terms[0].grouping
-    return all(torch._C._is_alias_of(grouping.view(x), x) for x in beside)  # type: ignore[attr-defined]
-
-
-def scales_in_place(terms: list[Term]) -> bool:
-    """Whether their prox with a scalar step is `scale_`: of a single term over groups, of which a tensor is a view."""
-    if len(terms) != 1 or torch.compiler.is_compiling():
-        return False
-    w, grouping = terms[0].tensor, terms[0].grouping
-    if not isinstance(grouping, NormGrouping) or terms[0].center is not None or terms[0].penalty.positive:
-        return False
-    return local(w) is w and torch._C._is_alias_of(grouping.view(w), w)  # type: ignore[attr-defined]
 
 
 def scale_(term: Term, w: Tensor, t: float | Tensor) -> None:
@@ -278,49 +191,3 @@ def _prox_grouped(terms: list[Any], v: Tensor, step: float | Tensor) -> Tensor:
 def _block_soft_threshold(x: Tensor, r: Tensor, grouping: NormGrouping) -> Tensor:
     """`argmin_v 1/2 sum_i (v_i - x_i)^2 / r_i + ||v||` for each group of a view of a tensor."""
     return x * shrink_factors(x, r, grouping)
-
-
-def shrink_factors(
-    x: Tensor, r: Tensor, grouping: NormGrouping, buffers: tuple[Tensor | None, Tensor | None] = (None, None)
-) -> Tensor:
-    """`v / x` of the minimiser `v` of `1/2 sum_i (v_i - x_i)^2 / r_i + ||v||`, for each group of a view of a tensor.
-
-    `v_i = x_i * theta / (theta + r_i)` where `theta = ||v||` solves `f(theta) = sum_i (x_i / (theta + r_i))^2 = 1`, and
-    `v = 0` where `f(0) <= 1`. `1/sqrt(f)` is concave (a power mean of lines), so Newton's method for it climbs to the
-    root from any start below it. With the means weighted by `x_i^2`, `||x||` is the power mean of order -2 of
-    `theta + r_i`, so it is at most their arithmetic mean. Hence the first-order solution
-    `||x|| - sum_i r_i x_i^2 / ||x||^2` is such a start, and a group where it is positive is not zero.
-
-    Args:
-        x: a view of a tensor in which groups lie along whole dimensions.
-        r: of its shape, 0 or more.
-        grouping: the groups of the view.
-        buffers: memory of the shape of `x` for temporaries, or None for new memory. The result is in the first.
-    """
-    distance, squares = buffers
-    norm = grouping.norm(x)
-    (weighted,) = grouping.totals(torch.mul(x, r, out=squares).mul_(x))
-    theta = norm - weighted / norm / norm
-    tiny, dead = torch.finfo(r.dtype).tiny, None
-    smallest = tiny ** (1 / 3)  # of a norm whose cube does not lose digits
-    # Far from zero no quotient overflows. Elsewhere each `|x_i| - r_i` is a start too, from which none exceeds 1.
-    if not grouping.all_known(theta.sub(norm, alpha=0.01) > smallest):
-        r = r.clamp_min(tiny)
-        modulus = x.abs()
-        (at_zero,) = grouping.totals((modulus / r).square_())
-        dead = at_zero <= 1
-        theta = torch.maximum(theta.masked_fill(norm <= smallest, 0), grouping.largest(modulus.sub_(r)))
-        theta = theta.clamp_min(0).masked_fill(dead, 0)
-    accuracy = math.sqrt(torch.finfo(r.dtype).eps)
-    for _ in range(NEWTON_STEPS):
-        distance = torch.add(r, theta, out=distance)
-        squares = torch.div(x, distance, out=squares).square_()
-        f, slope = grouping.totals(squares, torch.div(squares, distance, out=distance))
-        change = f * (f.sqrt() - 1) / slope
-        if dead is not None:
-            change = change.masked_fill(dead, 0)
-        theta = theta + change
-        if grouping.all_known(change.abs() <= accuracy * theta):  # the next change would be rounding
-            break
-    distance = torch.add(r, theta, out=distance)
-    return torch.div(theta, distance, out=distance)

@@ -78,8 +78,12 @@ def adaptive(steps: Sequence[Step]) -> tuple[list[Tensor], Tensor, Tensor, float
     moments = [step.moment for step in steps if step.moment is not None]
     if len(moments) < len(steps):
         return None
-    numerators, eps = (torch.stack([getattr(step, name) for step in steps]) for name in ("numerator", "eps"))
+    numerators, eps = (_stacked([getattr(step, name) for step in steps]) for name in ("numerator", "eps"))
     return moments, numerators, eps, steps[0].max_change  # type: ignore[return-value]
+
+
+def _stacked(xs: list[Tensor]) -> Tensor:
+    return xs[0].unsqueeze(0) if len(xs) == 1 else torch.stack(xs)
 
 
 def is_scalar(x: float | Tensor) -> bool:

@@ -28,17 +28,19 @@ class AppliedPenalty:
         mode: the name of the mode.
         optimizer: the wrapped optimizer.
         metric: see `RegularizedOptimizer`.
+        compile: see `RegularizedOptimizer`.
 
     Raises:
         ValueError: the optimizer does not own all penalized parameters; the penalty or the optimizer does not support
             the mode.
     """
 
-    def __init__(self, penalty: Penalty, mode: str, optimizer: Optimizer, metric: Metric) -> None:
+    def __init__(self, penalty: Penalty, mode: str, optimizer: Optimizer, metric: Metric, compile: bool) -> None:
         self.penalty = penalty
         self.name = mode
         self.mode = MODES[mode](optimizer, metric)
         self._optimizer = optimizer
+        self._compile = compile
         self._known: list[Any] = []  # the terms, param_groups and parameters from which the batches were made
         self._batches: list[TensorBatch] = []
         for batch in self.batches():
@@ -76,7 +78,7 @@ class AppliedPenalty:
                 f"the {type(self._optimizer).__name__} does not own these penalized parameters: {', '.join(foreign)}. "
                 "Pass penalty.restricted_to(optimizer), which is the same penalty on the parameters that it owns"
             )
-        self._known, self._batches = known, batches(terms, owners)
+        self._known, self._batches = known, batches(terms, owners, compiled=self._compile)
         return self._batches
 
     def before_prox(

@@ -17,17 +17,12 @@ from torch import Tensor
 
 from ..distributed.shards import local
 from ..groups.grouping import Elements, working_dtype
-from ..ops import foreach
+from ..ops import compiled, compiled_groups, foreach
 from ..ops.batches import JointBatch, TensorBatch, is_packed
 from ..ops.chunks import buffer_like, joined
-from ..ops.prox import (
-    clip_change,
-    group_chunks,
-    has_group_views,
-    is_group_lasso,
-    prox,
-    shrink_factors,
-)
+from ..ops.group_chunks import group_chunks, has_group_views, is_group_lasso
+from ..ops.prox import clip_change, prox
+from ..ops.root_search import shrink_factors
 from ..ops.sharded import on_local_shards
 from ..ops.step import Step, adaptive
 from ..ops.terms import Term, chunked_terms
@@ -93,14 +88,16 @@ def average_(batch: TensorBatch, states: Sequence[State], steps: Sequence[Step])
     sums = [state[STEPS] for state in states]
     if scalars := [(s, step.size) for s, step in zip(sums, steps, strict=True) if not s.ndim]:
         torch._foreach_add_(*map(list, zip(*scalars, strict=True)))
-    gaps = [state[GAP] for state in states]
+    gaps, operations = [state[GAP] for state in states], compiled if batch.compiled else foreach
     if batch.is_soft_threshold and len(scalars) == len(sums):
-        foreach.threshold_latent_(batch.tensors, gaps, torch.stack(sums) * batch.coefficients[0])
+        operations.threshold_latent_(batch.tensors, gaps, torch.stack(sums) * batch.coefficients[0])
     elif batch.is_soft_threshold and (fused := adaptive(steps)) is not None:
-        foreach.threshold_latent_each_(batch.tensors, gaps, sums, *fused, batch.coefficients[0])
+        operations.threshold_latent_each_(batch.tensors, gaps, sums, *fused, batch.coefficients[0])
     else:
         for terms, gap, s, step in zip(batch.each, gaps, sums, steps, strict=True):
             terms = [term for term in terms if not term.inactive]
+            if batch.compiled and compiled_groups.average_groups_(terms, gap, s, step):
+                continue
             if not _average_groups_(terms, gap, s, step):
                 for some, take in chunked_terms(terms):
                     _average_(some, take(gap), take(s), step.sliced(take))

@@ -59,6 +59,8 @@ class RegularizedOptimizer(WrappingOptimizer):
         metric: the step `s` of "proximal" and "dual". "auto" computes it from the state of optimizers in torch.optim,
             and takes `lr` for others, with a warning. "euclidean" takes `lr`. A callable returns it: a number or a
             tensor of the parameter's shape, from `(optimizer, parameter, group)`.
+        compile: run the operations on large tensors as kernels of torch.compile. Compiling takes about 10 seconds a
+            kernel, once. Without a C++ compiler (Triton on CUDA) a warning says so, and they run as they do otherwise.
 
     Attributes:
         penalty: the penalty, or the sum of all penalties.
@@ -88,6 +90,7 @@ class RegularizedOptimizer(WrappingOptimizer):
         mode: str = "coupled",
         *,
         metric: Metric = "auto",
+        compile: bool = False,
     ) -> None:
         if isinstance(optimizer, RegularizedOptimizer):
             raise TypeError(
@@ -103,7 +106,9 @@ class RegularizedOptimizer(WrappingOptimizer):
         self.mode = mode if len(by_mode) > 1 else next(iter(by_mode))
         self.metric = metric
         self._warned_in_loss = False
-        self._applied = [AppliedPenalty(_sum(parts), name, optimizer, metric) for name, parts in by_mode.items()]
+        self._applied = [
+            AppliedPenalty(_sum(parts), name, optimizer, metric, compile) for name, parts in by_mode.items()
+        ]
         self._zeros = FrozenZeros(optimizer)
         zeroing = [applied for applied in self._applied if applied.makes_zeros]
         _check_overlap(zeroing)

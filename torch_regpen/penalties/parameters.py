@@ -29,13 +29,13 @@ Self = TypeVar("Self", bound="PenalizedParameters")
 
 
 class PenalizedParameters(nn.Module):
-    """Base class of `Penalty`: which parameters are penalized, over which groups and with which lambda.
-
-    For the arguments see `Penalty`.
+    """Base class of `Penalty`, which explains the arguments: which parameters are penalized, how, and by how much.
 
     Attributes:
         param_groups: a list with one dict per parameter group; its "lam" can be set at any time.
     """
+
+    _compiled = False
 
     def __init__(
         self,
@@ -113,13 +113,15 @@ class PenalizedParameters(nn.Module):
         Args:
             frozen: if all parameters are frozen, as in an averaged model, return their batches.
         """
-        terms = self.terms()
-        if not terms and frozen:
-            return batches(self.terms(frozen=True))
+        terms = self.terms() or self.terms(frozen=frozen)
         if self._cache.terms is not terms:
-            return batches(terms)
-        self._cache.batches = self._cache.batches or batches(terms)
+            return batches(terms, compiled=self._compiled)
+        self._cache.batches = self._cache.batches or batches(terms, compiled=self._compiled)
         return self._cache.batches
+
+    def compile(self) -> None:
+        """Run the operations on large tensors as kernels of torch.compile; see `compile` of `RegularizedOptimizer`."""
+        self._compiled = True
 
     def factors(self, grouping: Grouping) -> list[tuple[Grouping, float]]:
         """The groupings on which `rho` acts, each with its share of lambda; SparseGroupLasso has two."""

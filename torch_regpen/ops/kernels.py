@@ -1,0 +1,162 @@
+"""Pure functions of tensors that torch.compile makes into one pass over memory each; see `compiled`.
+
+They take what an operation reads and writes, without penalties and groupings, so that one compilation serves all models
+and all lambdas. Elementwise ones take tensors of one dimension. Those on groups take matrices with a group in each row,
+and columns with an element for each group.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..groups.grouping import working_dtype
+
+
+def total(w: Tensor, linear: Tensor, quadratic: Tensor) -> Tensor:
+    """`sum (linear*|w| + quadratic*w^2)`, accumulated in float64 on a CPU, where float32 would lose digits."""
+    x = _wide(w)
+    dtype = torch.float64 if w.device.type == "cpu" else x.dtype
+    return (linear * x.abs() + quadratic * x.square()).sum(dtype=dtype).to(x.dtype)
+
+
+def gradient(w: Tensor, linear: Tensor, quadratic: Tensor) -> Tensor:
+    """`linear * sign(w) + quadratic * w`."""
+    return linear * w.sign() + quadratic * w
+
+
+def add_gradient_(grad: Tensor, w: Tensor, linear: Tensor, quadratic: Tensor) -> None:
+    """`grad += linear * sign(w) + quadratic * w`."""
+    x = _wide(w)
+    grad.copy_(_wide(grad) + linear * x.sign() + quadratic * x)
+
+
+def soft_threshold_each_(w: Tensor, moment: Tensor, numerator: Tensor, eps: Tensor, max_change: Tensor) -> None:
+    """`w = sign(w) * max(|w| - t, 0)` with `t = min(numerator / (sqrt(moment) + eps), max_change)`."""
+    x = _wide(w)
+    t = torch.minimum(_quotient(moment, numerator, eps), max_change)
+    w.copy_(x - torch.clamp(x, -t, t))
+
+
+def threshold_latent_(w: Tensor, gap: Tensor, t: Tensor) -> None:
+    """With `z = w + gap`: `w = sign(z) * max(|z| - t, 0)` and `gap = z - w`."""
+    z = _wide(w) + gap
+    new = (z - torch.clamp(z, -t, t)).to(w.dtype)
+    gap.copy_(torch.clamp(z, -t, t) if w.dtype == gap.dtype else z - new)
+    w.copy_(new)
+
+
+def threshold_latent_each_(
+    w: Tensor,
+    gap: Tensor,
+    sums: Tensor,
+    moment: Tensor,
+    numerator: Tensor,
+    eps: Tensor,
+    most: Tensor,
+    lam: Tensor,
+) -> None:
+    """`sums += min(numerator / (sqrt(moment) + eps), most)`, then `threshold_latent_` with `t = sums * lam`.
+
+    Where the moment is 0, gap and sum are 0 in the end.
+    """
+    s = sums + torch.minimum(_quotient(moment, numerator, eps), most)
+    t = s * lam
+    z = _wide(w) + gap
+    change = torch.clamp(z, -t, t)
+    new = (z - change).to(w.dtype)
+    seen = moment != 0
+    gap.copy_(torch.where(seen, change if w.dtype == gap.dtype else z - new, 0))
+    sums.copy_(torch.where(seen, s, 0))
+    w.copy_(new)
+
+
+def norm(x: Tensor) -> Tensor:
+    """The norm of each row."""
+    return x.square().sum(1, keepdim=True).sqrt()
+
+
+def latent_norm(w: Tensor, gap: Tensor) -> Tensor:
+    """The norm of each row of `w + gap`."""
+    return norm(w + gap)
+
+
+def scale_latent_(w: Tensor, gap: Tensor, factors: Tensor) -> None:
+    """With `z = w + gap`: `w = z * factors` and `gap = z - w`."""
+    z = w + gap
+    v = z * factors
+    gap.copy_(z - v)
+    w.copy_(v)
+
+
+def weighted(x: Tensor, r: Tensor, moment: Tensor | None, eps: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The norm of each row of `x`, and `sum r * x^2`. With a moment, `r / (sqrt(moment) + eps)` is in place of `r`."""
+    r, squares = _radii(r, moment, eps), x.square()
+    return squares.sum(1, keepdim=True).sqrt(), (squares * r).sum(1, keepdim=True)
+
+
+def at_zero(x: Tensor, r: Tensor, moment: Tensor | None, eps: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`sum (x / r)^2` and `max(|x| - r)` of each row; see `weighted`."""
+    r, modulus = _radii(r, moment, eps).clamp_min(torch.finfo(x.dtype).tiny), x.abs()
+    return (modulus / r).square().sum(1, keepdim=True), (modulus - r).amax(1, keepdim=True)
+
+
+def powers(x: Tensor, r: Tensor, moment: Tensor | None, eps: Tensor | None, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """`sum (x / (theta + r))^2` and `sum (x / (theta + r))^2 / (theta + r)` of each row; see `weighted`."""
+    distance = _radii(r, moment, eps) + theta
+    squares = (x / distance).square()
+    return squares.sum(1, keepdim=True), (squares / distance).sum(1, keepdim=True)
+
+
+def change_norm(x: Tensor, r: Tensor, moment: Tensor | None, eps: Tensor | None, theta: Tensor) -> Tensor:
+    """The norm of each row of `x * theta / (theta + r) - x`; see `weighted`."""
+    r = _radii(r, moment, eps)
+    return norm(x - x * (theta / (r + theta)))
+
+
+def shrink_(x: Tensor, r: Tensor, moment: Tensor | None, eps: Tensor | None, theta: Tensor, factor: Tensor) -> None:
+    """Add `factor` of the change of `x` to `x * theta / (theta + r)`; see `weighted`."""
+    r = _radii(r, moment, eps)
+    x.copy_(x + factor * (x * (theta / (r + theta)) - x))
+
+
+def add_steps_(
+    w: Tensor,
+    gap: Tensor,
+    sums: Tensor,
+    moment: Tensor,
+    numerator: Tensor,
+    eps: Tensor,
+    slope: Tensor,
+    least: Tensor,
+    radius: Tensor,
+) -> None:
+    """`sums += numerator / max(sqrt(moment) + eps, slope * |w|, least)`, `w += gap`, `gap = sums * radius`."""
+    size = torch.maximum(torch.maximum(moment.sqrt() + eps, slope * w.abs()), least)
+    s, latent = sums + numerator / size, w + gap
+    sums.copy_(s)
+    w.copy_(latent)
+    gap.copy_(s * radius)
+
+
+def shrink_latent_(w: Tensor, r: Tensor, sums: Tensor, moment: Tensor, theta: Tensor, max_change: Tensor) -> None:
+    """`w *= theta / (theta + r)`, and `r` becomes the gap, which is what this subtracts.
+
+    Where the moment is 0, `w` changes by at most `max_change`, and gap and sum are 0 in the end.
+    """
+    change, seen = w - w * (theta / (theta + r)), moment > 0
+    w.copy_(w - torch.where(seen, change, torch.clamp(change, -max_change, max_change)))
+    r.copy_(torch.where(seen, change, 0))
+    sums.copy_(torch.where(seen, sums, 0))
+
+
+def _radii(r: Tensor, moment: Tensor | None, eps: Tensor | None) -> Tensor:
+    return r if moment is None or eps is None else _quotient(moment, r, eps)
+
+
+def _quotient(moment: Tensor, numerator: Tensor, eps: Tensor) -> Tensor:
+    return numerator / (_wide(moment).sqrt() + eps)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(working_dtype(x.dtype))

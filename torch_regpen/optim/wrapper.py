@@ -19,6 +19,7 @@ from ..penalties.selection import owned_ids
 from ..utils import warn
 from . import dual_averaging
 from .applied import AppliedPenalty
+from .decay_rate import Decay, Rate, kept_initial_lrs
 from .delegation import WrappingOptimizer
 from .frozen_zeros import FrozenZeros, restore_own_state
 from .hooks import hooked, updated
@@ -38,8 +39,8 @@ class RegularizedOptimizer(WrappingOptimizer):
 
     - "coupled": `grad += lam * subgradient`, then the optimizer steps. It equals the penalty in the loss; for L2 it
       equals `weight_decay=2*lam` of SGD and Adam.
-    - "decoupled": `w -= lr * lam * subgradient`, stopping at zero, then the optimizer steps on the loss alone. For L2
-      it equals `weight_decay=2*lam` of AdamW (Loshchilov and Hutter 2019).
+    - "decoupled": `w -= rate * lam * subgradient`, stopping at zero, then the optimizer steps on the loss alone. With
+      `rate="lr"`, L2 equals `weight_decay=2*lam` of AdamW (Loshchilov and Hutter 2019).
     - "proximal": the optimizer steps, then `w = prox(w, s*lam)`, where `s` is the step that the optimizer takes for a
       unit gradient (`lr` for plain SGD). It makes exact zeros (Beck and Teboulle 2009; Yun, Lozano and Yang 2021).
     - "dual": dual averaging (RDA, Xiao 2010). For each weight, the state holds its gap `d`, the amount that the penalty
@@ -59,6 +60,13 @@ class RegularizedOptimizer(WrappingOptimizer):
         metric: the step `s` of "proximal" and "dual". "auto" computes it from the state of optimizers in torch.optim,
             and takes `lr` for others, with a warning. "euclidean" takes `lr`. A callable returns it: a number or a
             tensor of the parameter's shape, from `(optimizer, parameter, group)`.
+        rate: the factor on `lam` in mode "decoupled". "lr" (torch's AdamW). "schedule": `lr/initial_lr`, so that `lam`
+            is per step and only the schedule changes it (AdamW as published). "corrected": `lr^2/initial_lr` (Defazio
+            2025). Or a callable `(optimizer, group) -> float or 0-dim tensor`. `initial_lr` is what LR schedulers write
+            into the param_group (OneCycleLR and CyclicLR write their lowest), else the lr at construction.
+        cautious: in mode "decoupled", shrink an element only if the update `u` of the optimizer (`w -= u`) does not
+            point away from zero: `u*w >= 0` (Chen et al. 2025). The update is then computed from the weights before
+            the decay. This copies the weights, except for SGD, Adam and AdamW without a weight_decay of their own.
 
     Attributes:
         penalty: the penalty, or the sum of all penalties.
@@ -66,8 +74,9 @@ class RegularizedOptimizer(WrappingOptimizer):
 
     Raises:
         TypeError: `optimizer` is not an optimizer, or is already wrapped; `penalty` is not a penalty.
-        ValueError: unknown `mode` or `metric`; a penalty given twice, on parameters that the optimizer does not own, or
-            without the gradient or the proximal map that its mode needs.
+        ValueError: unknown `mode`, `metric` or `rate`; a `rate` or `cautious` without a penalty in mode "decoupled"; a
+            penalty given twice, on parameters that the optimizer does not own, or without the gradient or the proximal
+            map that its mode needs.
 
     Example:
         >>> import torch, torch_regpen as rp
@@ -88,6 +97,8 @@ class RegularizedOptimizer(WrappingOptimizer):
         mode: str = "coupled",
         *,
         metric: Metric = "auto",
+        rate: Rate = "lr",
+        cautious: bool = False,
     ) -> None:
         if isinstance(optimizer, RegularizedOptimizer):
             raise TypeError(
@@ -98,12 +109,14 @@ class RegularizedOptimizer(WrappingOptimizer):
         if not callable(metric) and metric not in ("auto", "euclidean"):
             raise ValueError(f"metric must be 'auto', 'euclidean' or a callable, not {metric!r}")
         by_mode = _by_mode(penalty, mode)
+        decay = Decay(rate, cautious)
+        decay.check_mode([*by_mode])
         super().__init__(optimizer)
         self.penalty = _sum([part for parts in by_mode.values() for part in parts])
         self.mode = mode if len(by_mode) > 1 else next(iter(by_mode))
         self.metric = metric
         self._warned_in_loss = False
-        self._applied = [AppliedPenalty(_sum(parts), name, optimizer, metric) for name, parts in by_mode.items()]
+        self._applied = [AppliedPenalty(_sum(parts), name, optimizer, metric, decay) for name, parts in by_mode.items()]
         self._zeros = FrozenZeros(optimizer)
         zeroing = [applied for applied in self._applied if applied.makes_zeros]
         _check_overlap(zeroing)
@@ -268,7 +281,8 @@ class RegularizedOptimizer(WrappingOptimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of the wrapped optimizer, including gaps, sums of steps and frozen zeros if it has them."""
-        self.optimizer.load_state_dict(state_dict)
+        with kept_initial_lrs(self.optimizer):
+            self.optimizer.load_state_dict(state_dict)
         self._zeros = FrozenZeros(self.optimizer)
         restore_own_state(self.optimizer, state_dict)
         dual_averaging.drop_others(list(self.state.values()), keep=self.averages)

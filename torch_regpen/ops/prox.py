@@ -144,7 +144,7 @@ def group_chunks(term: Term, *beside: Tensor) -> Iterator[GroupChunk]:
     count = size if grouping.scale else 1
     if len(dims) > 1 and dims[0] == 1 and len(dims) == len(shape) - 1 and all(x.is_contiguous() for x in views):
         views, grouping, dims = [x.flatten(1) for x in views], Slices(0), [1]
-        lam = lam.flatten(1) if isinstance(lam, Tensor) else lam
+        lam = lam.flatten(1) if isinstance(lam, Tensor) and lam.ndim else lam
     kept = [dim for dim in range(views[0].ndim) if dim not in dims]
     if not kept:
         yield GroupChunk(views, grouping, lam, size, count)

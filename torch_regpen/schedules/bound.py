@@ -157,6 +157,7 @@ class Bound:
         Raises:
             ValueError: it is of other penalties or other tensors.
         """
+        self._attach(frozen=True)
         saved = state_dict["tensors"]
         if [set(states) for states in saved] != [set(states) for states in self._state]:
             raise ValueError(
@@ -168,10 +169,6 @@ class Bound:
             for name, state in states.items():
                 for key, x in others[name].items():
                     state[key].copy_(x)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._attach(frozen=True)  # a pickle does not keep tensors shared
 
     def _attach(self, frozen: bool = False) -> None:
         """Give each tensor of the penalties, as they are now, its multiplier."""

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from torch_regpen import L0, L1, L2, MCP, ActivityPenalty, GroupLasso, Penalty
+from torch_regpen import L0, L1, L2, MCP, ActivityPenalty, GroupLasso, Penalty, RegularizedOptimizer
 from torch_regpen.compare import Comparison, Trial, compare
+from torch_regpen.schedules import Bound
 
 LAMS = [0.1, 0.01]
 
@@ -428,3 +429,62 @@ def test_dead_inputs_are_counted_where_the_groups_are_inputs():
     comparison = compare(methods, [1e-6], **SETUP | {"fit": killing})
     assert [trial.dead for trial in comparison.at("inputs")] == [1] * 3
     assert [trial.dead for trial in comparison.at("plain")] == [0] * 3
+
+
+# Options of a method
+
+
+def bounded_by_lambda(optimizer):
+    factor, optimizer.penalty.lam = optimizer.penalty.lam, 1.0
+    return Bound(optimizer, "initial", factor=factor)
+
+
+def by_hand(lam, **options):
+    """The scores of seed 3 after a training that the user wrote, with what the options stand for."""
+    dataset = data(3)
+    torch.manual_seed(3)
+    model = make_model(dataset)
+    penalty = L2(model, lam)
+    optimizer = RegularizedOptimizer(SETUP["make_optimizer"](model.parameters()), penalty, "decoupled", **options)
+    return dataset, model, optimizer
+
+
+def test_rate_cautious_and_a_schedule_go_in_as_one_dict():
+    options = {"rate": "schedule", "cautious": True, "schedule": bounded_by_lambda}
+    comparison = compare({"bounded": (L2, "decoupled", options)}, [0.3, 0.6], **SETUP)
+    dataset, model, optimizer = by_hand(0.3, rate="schedule", cautious=True)
+    bound = bounded_by_lambda(optimizer)
+    optimizer.register_step_post_hook(lambda *_: bound.step())
+    torch.manual_seed(3)
+    fit(model, optimizer, lambda: 0.0, dataset)
+    assert all(m > 0 for m in bound.multipliers.values())
+    (found,) = [trial.scores for trial in comparison.at("bounded", 0.3) if trial.seed == 3]
+    assert found == score(model, dataset)
+    plain = [trial.scores for trial in comparison.at("plain", 0.0) if trial.seed == 3]
+    assert [found] != plain
+
+
+def test_each_option_makes_a_difference():
+    methods = {
+        "usual": (L2, "decoupled"),
+        "schedule": (L2, "decoupled", {"rate": "schedule"}),
+        "corrected": (L2, "decoupled", {"rate": lambda optimizer, group: 3 * group["lr"]}),
+        "cautious": (L2, "decoupled", {"cautious": True}),
+        "bound": (L2, "decoupled", {"schedule": partial(Bound, bound=0.01)}),
+    }
+    comparison = compare(methods, [0.1, 0.2], **SETUP)
+    assert len({str(scores(comparison, name, 0.1)) for name in methods}) == len(methods)
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "text"),
+    [
+        ((L2, "decoupled", {"schedule": 3}), TypeError, "has the schedule 3; allowed is a callable"),
+        ((L2, "decoupled", {"schedule": lambda optimizer: 3}), TypeError, "made a int, which has no step"),
+        ((L2, "loss", {"schedule": partial(Bound, bound=0.1)}), ValueError, "allowed are none"),
+        ((L2, "proximal", {"cautious": True}), ValueError, "option of mode 'decoupled'"),
+    ],
+)
+def test_wrong_options_are_refused_before_any_training(method, error, text):
+    with pytest.raises(error, match=text):
+        compare({"a": method}, [0.1], **SETUP)

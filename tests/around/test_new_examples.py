@@ -35,3 +35,19 @@ def test_the_batchnorm_cnn_ends_at_90_percent_zeros(capsys):
     (zeros,) = map(float, re.findall(r"at ([\d.]+)%", out))
     assert zeros == pytest.approx(90, abs=0.5)
     assert sparse > dense - 10
+
+
+def test_the_language_model_compares_the_variants_of_decay(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    size = ["--steps", "6", "--width", "16", "--layers", "1", "--files", "10", "--quick"]
+    files = ["--plot", str(tmp_path / "plot.png"), "--resume", str(tmp_path / "done.jsonl")]
+    out = printed("language_model.py", capsys, *size, *files)
+    rows = re.findall(r"^(\S[\w ]+%?) +[\d.e-]+ +([\d.]+) +([\d.]+) +([\d.]+)", out, re.M)
+    assert len(rows) == 10
+    zeros = {name.strip(): float(share) for name, *_, share in rows}
+    assert zeros["L0 80%"] == pytest.approx(80, abs=4)
+    assert zeros["L0 50%"] == pytest.approx(50, abs=4)
+    losses = {name.strip(): loss for name, loss, *_ in rows}
+    assert losses["L2 lr"] == losses["weight_decay"]
+    assert (tmp_path / "plot.png").exists()
+    assert len((tmp_path / "done.jsonl").read_text().splitlines()) == 20

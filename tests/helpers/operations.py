@@ -6,17 +6,17 @@ from torch.utils._pytree import tree_leaves
 
 
 class LargestCopy(TorchDispatchMode):
-    """The number of elements of the largest tensor that is made, views of `w` apart."""
+    """The number of elements of the largest tensor that is made, views of some tensors apart."""
 
-    def __init__(self, w):
+    def __init__(self, *tensors):
         super().__init__()
-        self.storage = w.untyped_storage().data_ptr()
+        self.storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
         self.largest = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() != self.storage:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.storages:
                 self.largest = max(self.largest, tensor.numel())
         return result
 

@@ -22,6 +22,7 @@ Lams = Iterable[float] | Mapping[str, Iterable[float]]
 
 HOW = ("loss", *MODES)
 OPTIONS = [p.name for p in signature(RegularizedOptimizer).parameters.values() if p.kind is Parameter.KEYWORD_ONLY]
+OPTIONS.append("schedule")
 
 
 class Method(NamedTuple):
@@ -30,12 +31,17 @@ class Method(NamedTuple):
     Attributes:
         make_penalty: `make_penalty(model, lam)`.
         how: "loss", or a mode of `RegularizedOptimizer`; of the baselines, "plain" or "weight_decay".
-        options: keyword arguments of `RegularizedOptimizer`.
+        options: keyword arguments of `RegularizedOptimizer`; and "schedule", which makes a schedule of the optimizer.
     """
 
     make_penalty: MakePenalty
     how: str
     options: Mapping[str, Any] = {}
+
+    @property
+    def optimizer_options(self) -> dict[str, Any]:
+        """The keyword arguments of `RegularizedOptimizer`."""
+        return {name: value for name, value in self.options.items() if name != "schedule"}
 
 
 BASELINES = {"plain": Method(L2, "plain"), "weight_decay": Method(L2, "weight_decay")}
@@ -80,6 +86,12 @@ def _checked(name: str, given: MethodLike) -> Method:
         raise ValueError(
             f"{name!r} has the options {unknown}; for {method.how!r} allowed are {allowed or 'none'}. Options of the "
             "penalty go into the penalty: partial(MCP, knee=0.2)"
+        )
+    schedule = method.options.get("schedule")
+    if schedule is not None and not callable(schedule):
+        raise TypeError(
+            f"{name!r} has the schedule {schedule!r}; allowed is a callable that makes one from each optimizer, as "
+            "partial(Bound, bound='initial')"
         )
     return method
 

@@ -53,7 +53,9 @@ def compare(
     Args:
         methods: names to `(penalty, how)` or `(penalty, how, options)`: `penalty(model, lam)` makes the penalty, as
             `L1` or `partial(MCP, knee=0.2)`; `how` is "loss" or a mode of `RegularizedOptimizer`; `options` are keyword
-            arguments of it, as `{"metric": "euclidean"}`.
+            arguments of it, as `{"metric": "euclidean"}` or `{"rate": "schedule", "cautious": True}`; also
+            `{"schedule": make}`, where `make(optimizer)` returns a schedule of lambda, as `partial(Bound,
+            bound="initial")`: `fit` need not step it.
         lams: lambdas for all, or a dict of lambdas by method, in which "weight_decay", if left out, gets them all.
         data: `data(seed)` returns what the next functions receive.
         make_model: `make_model(data)` returns the model.

@@ -40,6 +40,7 @@ class Prepared(NamedTuple):
     penalty: Penalty
     optimizer: Optimizer
     in_loss: bool
+    schedule: Any = None
 
     @property
     def watched(self) -> Penalty | nn.Module:
@@ -87,9 +88,14 @@ class Experiment:
             groups = [{"params": decayed, "weight_decay": 2 * lam}, {"params": others, "weight_decay": 0.0}]
             return Prepared(model, penalty, self.make_optimizer(groups), False)
         optimizer = self.make_optimizer(model.parameters())
+        schedule = None
         if method.how in MODES:
-            optimizer = RegularizedOptimizer(optimizer, penalty, method.how, **method.options)
-        return Prepared(model, penalty, optimizer, method.how == "loss")
+            optimizer = RegularizedOptimizer(optimizer, penalty, method.how, **method.optimizer_options)
+            if method.options.get("schedule") is not None:
+                schedule = method.options["schedule"](optimizer)
+                if not callable(getattr(schedule, "step", None)):
+                    raise TypeError(f"the schedule of {name!r} made a {type(schedule).__name__}, which has no step()")
+        return Prepared(model, penalty, optimizer, method.how == "loss", schedule)
 
     def train(self, name: str, lam: float, seed: int, logger: MakeLogger | None = None) -> tuple[nn.Module, Trial]:
         """Train, and score.
@@ -107,6 +113,8 @@ class Experiment:
             None if logger is None else logger(start.watched),
             partial(self.evaluate, start.model, data),
         )
+        if start.schedule is not None:
+            start.optimizer.register_step_post_hook(lambda *_: start.schedule.step())
         torch.manual_seed(seed)
         before = time.perf_counter()
         self.fit(start.model, start.optimizer, start.penalty if start.in_loss else _without_penalty, data)

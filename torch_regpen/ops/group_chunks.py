@@ -60,7 +60,7 @@ def all_groups(term: Term, *beside: Tensor) -> GroupChunk:
     size = math.prod(shape[dim] for dim in dims)
     if len(dims) > 1 and dims[0] == 1 and len(dims) == len(shape) - 1 and all(x.is_contiguous() for x in views):
         views, grouping = [x.flatten(1) for x in views], Slices(0)
-        lam = lam.flatten(1) if isinstance(lam, Tensor) else lam
+        lam = lam.flatten(1) if isinstance(lam, Tensor) and lam.ndim else lam
     return GroupChunk(views, grouping, lam, size, size if term.grouping.scale else 1)  # type: ignore[attr-defined]
 
 

@@ -117,6 +117,7 @@ class Term:
         group: the param_group of the penalty, which holds "lam".
         factor: a factor on lambda.
         weights: non-negative factors on lambda that broadcast to the magnitudes, or None for 1.
+        multiplier: a non-negative factor on lambda, a 0-dim tensor that a schedule may change; None for 1.
         center: the penalty is on `tensor - center`; None for 0.
         length: the parameter that holds the lengths under weight_norm, if `tensor` holds the directions; else None.
         joint: the tensors and their slices if the groups span several tensors; else None.
@@ -132,6 +133,7 @@ class Term:
     center: Tensor | None = None
     length: Tensor | None = None
     joint: Joint | None = None
+    multiplier: Tensor | None = None
 
     @property
     def lam(self) -> float:
@@ -140,14 +142,16 @@ class Term:
 
     @property
     def scaled_lam(self) -> float | Tensor:
-        """Lambda times the term's factor and weights."""
-        return self.lam if self.weights is None else self.lam * self.weights
+        """Lambda times the term's factor, weights and multiplier."""
+        lam = self.lam if self.weights is None else self.lam * self.weights
+        return lam if self.multiplier is None else self.multiplier.to(self.tensor.device) * lam
 
     @property
     def elementwise_lam(self) -> float | Tensor:
         """`scaled_lam`, expanded from one number per group to one per element if it differs between groups."""
         if self.weights is not None and isinstance(self.grouping, NormGrouping):
-            return self.grouping.spread(self.lam * self.weights, self.tensor)
+            lam: Any = self.scaled_lam
+            return self.grouping.spread(lam, self.tensor)
         return self.scaled_lam
 
     @property
@@ -177,6 +181,7 @@ class Term:
             self.penalty.coefficients is not None
             and not self.grouped
             and self.weights is None
+            and self.multiplier is None
             and self.center is None
             and not self.tensor.is_complex()
         )
@@ -195,6 +200,11 @@ class Term:
     def value(self, w: Tensor) -> Tensor:
         """The value of the term at `w`, a 0-dim tensor."""
         return self.penalty.omega(self.offset(w), self.grouping, self.scaled_lam)
+
+    def omega(self) -> Tensor:
+        """The value of the term without lambda and multiplier, a 0-dim tensor."""
+        factor = self.factor if self.weights is None else self.factor * self.weights
+        return self.penalty.omega(self.offset(self.tensor), self.grouping, factor)
 
     def grad(self, w: Tensor) -> Tensor:
         """The (sub)gradient of the term at `w`; differentiable."""

@@ -18,9 +18,9 @@ from . import compiled, foreach
 from .batches import JointBatch, TensorBatch, batches
 from .gradient import check_grad
 from .sharded import ShardedTerms, total_over_ranks
-from .terms import Term
+from .terms import Term, chunked_terms, gathered
 
-__all__ = ["check_differentiated"]
+__all__ = ["check_differentiated", "mean_omega", "sum_values", "total_value"]
 
 
 def check_differentiated(work: Iterable[TensorBatch]) -> None:
@@ -64,6 +64,19 @@ def sum_values(sums: list[Tensor], work: list[TensorBatch]) -> Tensor:
     dtypes = {working_dtype(dtype) for dtype in {w.dtype for batch in work for w in batch.tensors}}
     device, dtype = work[0].tensors[0].device, torch.float64 if torch.float64 in dtypes else torch.float32
     return foreach.summed([s.to(device, dtype) for s in sums])
+
+
+@torch.no_grad()
+def mean_omega(terms: list[Term]) -> Tensor:
+    """`Omega(w) / n` of terms of one penalty on one tensor (or units) of `n` elements, 0-dim, over all ranks."""
+    terms = gathered(terms)
+
+    def total(of: list[Term]) -> Tensor:
+        return foreach.summed([some[0].omega() for term in of for some, _ in chunked_terms([term])])
+
+    sharded = ShardedTerms(terms)
+    value = total(sharded.terms) if sharded.along is None else total_over_ranks([sharded], total)[0]
+    return value / max(terms[0].tensor.numel(), 1)
 
 
 def _split_sharded(work: list[TensorBatch]) -> tuple[list[TensorBatch], list[ShardedTerms]]:

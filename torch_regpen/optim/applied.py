@@ -14,6 +14,7 @@ from ..ops.chunks import Slicer
 from ..ops.terms import Term, gathered, sliced
 from ..penalties.base import Penalty
 from ..utils import warn
+from .decay_rate import Decay
 from .modes import MODES, Proximal
 from .step_size import Metric, differs_by_coordinate, sets_its_own_step, unsupported_reason
 
@@ -28,6 +29,7 @@ class AppliedPenalty:
         mode: the name of the mode.
         optimizer: the wrapped optimizer.
         metric: see `RegularizedOptimizer`.
+        decay: `rate` and `cautious` of `RegularizedOptimizer`.
         compile: see `RegularizedOptimizer`.
 
     Raises:
@@ -35,10 +37,12 @@ class AppliedPenalty:
             the mode.
     """
 
-    def __init__(self, penalty: Penalty, mode: str, optimizer: Optimizer, metric: Metric, compile: bool) -> None:
+    def __init__(
+        self, penalty: Penalty, mode: str, optimizer: Optimizer, metric: Metric, decay: Decay, compile: bool
+    ) -> None:
         self.penalty = penalty
         self.name = mode
-        self.mode = MODES[mode](optimizer, metric)
+        self.mode = MODES[mode](optimizer, metric, decay)
         self._optimizer = optimizer
         self._compile = compile
         self._known: list[Any] = []  # the terms, param_groups and parameters from which the batches were made
@@ -124,10 +128,11 @@ class AppliedPenalty:
                 f"{name} {reason}: its step for a unit gradient is not known, so the prox takes its lr. Pass "
                 "metric='euclidean' to confirm this, or a callable metric that returns the step"
             )
-        if self.name == "decoupled" and sets_its_own_step(self._optimizer):
+        uses_lr = self.name == "decoupled" and self.mode.decay.rate in ("lr", "corrected")
+        if uses_lr and sets_its_own_step(self._optimizer):
             warn(
-                f"{name} sets its own step size, which differs from its lr, but mode='decoupled' uses lr * lam. "
-                "Use mode='coupled', or mode='proximal' with a callable metric that returns the step"
+                f"{name} sets its own step size, which differs from its lr, but mode='decoupled' uses lr * lam. Use "
+                "rate='schedule', mode='coupled', or mode='proximal' with a callable metric that returns the step"
             )
 
     def _warn_about_adaptive_l2(self, metric: Metric) -> None:

@@ -15,13 +15,15 @@ from ..ops import compiled, foreach
 from ..ops.batches import JointBatch, TensorBatch, as_one_tensor
 from ..ops.chunks import Slicer
 from ..ops.closed_forms import check_prox
-from ..ops.decay import decay_
+from ..ops.decay import Combination, decay_, decay_where_inward_
 from ..ops.gradient import add_grad_, check_grad
 from ..ops.prox import prox_
 from ..ops.step import Step, adaptive
 from ..ops.terms import Term, sliced
 from ..ops.value import total_value
 from . import dual_averaging
+from .decay_rate import Decay
+from .next_update import next_updates
 from .step_size import Metric, differs_by_coordinate, has_small_steps, steps_of
 
 __all__ = ["MODES", "Mode"]
@@ -32,9 +34,10 @@ class Mode(ABC):
 
     wants_lr = True
 
-    def __init__(self, optimizer: Optimizer, metric: Metric) -> None:
+    def __init__(self, optimizer: Optimizer, metric: Metric, decay: Decay) -> None:
         self.optimizer = optimizer
         self.metric = metric
+        self.decay = decay
 
     @abstractmethod
     def check(self, batch: TensorBatch) -> None:
@@ -105,11 +108,20 @@ class Coupled(Mode):
 
 
 class Decoupled(Mode):
-    """`w -= lr * lam * subgradient`, stopping at zero, right before the update.
+    """`w -= rate * lam * subgradient`, stopping at zero, right before the update; the rate is `lr` by default.
 
-    Where a hook raises before the update, nothing is decayed. As in torch's AdamW, the decay is not undone where the
-    update itself raises: that would take a copy of the weights.
+    If a hook raises before the update, nothing is decayed. As in torch's AdamW, the decay is not undone if the update
+    itself raises: that would take a copy of the weights.
+
+    With `cautious`, the sign of the update comes from the state of the optimizer. If the state does not tell it, the
+    mode copies the weights, and decays after the update.
     """
+
+    def __init__(self, optimizer: Optimizer, metric: Metric, decay: Decay) -> None:
+        super().__init__(optimizer, metric, decay)
+        self.wants_lr = not callable(decay.rate)
+        self._waiting: list[tuple[TensorBatch, float | Tensor, list[Tensor]]] = []  # with their rates and old weights
+        decay.record_initial_lrs(optimizer)
 
     def check(self, batch: TensorBatch) -> None:
         check_grad(batch.terms)
@@ -121,13 +133,43 @@ class Decoupled(Mode):
                 )
 
     def before_update(self, active: list[TensorBatch]) -> None:
+        self._waiting = []
+        rates: dict[int, float | Tensor] = {}
         for batch in active:
-            if isinstance(batch, JointBatch) and any(group["lr"] != batch.group["lr"] for group in batch.owners):
-                raise ValueError(
-                    f"the tensors of the units of {batch.terms[0].name!r} have different learning rates, by which the "
-                    "decoupled mode cannot shrink them together; use mode='proximal' or one learning rate"
-                )
-            decay_(batch, batch.group["lr"])
+            rate = self._rate_of(batch, rates)
+            if not self.decay.cautious:
+                decay_(batch, rate)
+                continue
+            updates = None if batch.inactive else next_updates(self.optimizer, batch)
+            if updates is not None:
+                decay_where_inward_(batch, rate, updates)
+            elif not batch.inactive:
+                self._waiting.append((batch, rate, [w.clone() for w in batch.tensors]))
+
+    def after_update(self, active: list[TensorBatch]) -> None:
+        waiting, self._waiting = self._waiting, []
+        for batch, rate, before in waiting:
+            after = [w.clone() for w in batch.tensors]
+            updates: list[Combination] = [[(1.0, old), (-1.0, new)] for old, new in zip(before, after, strict=True)]
+            for w, old in zip(batch.tensors, before, strict=True):
+                w.copy_(old)
+            decay_where_inward_(batch, rate, updates)
+            for w, old, new in zip(batch.tensors, before, after, strict=True):
+                w.sub_(old).add_(new)
+
+    def _rate_of(self, batch: TensorBatch, rates: dict[int, float | Tensor]) -> float | Tensor:
+        """The rate of the param_groups of a batch; `rates` collects them by param_group."""
+        owners = batch.owners if isinstance(batch, JointBatch) else [batch.group]
+        for group in owners:
+            if id(group) not in rates:
+                rates[id(group)] = self.decay.factor(self.optimizer, group)
+        rate = rates[id(batch.group)]
+        if any(rates[id(group)] is not rate and rates[id(group)] != rate for group in owners):
+            raise ValueError(
+                f"the tensors of the units of {batch.terms[0].name!r} have different learning rates, by which the "
+                "decoupled mode cannot shrink them together; use mode='proximal' or one learning rate"
+            )
+        return rate
 
 
 class Proximal(Mode):

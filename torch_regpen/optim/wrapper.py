@@ -19,6 +19,7 @@ from ..penalties.selection import owned_ids
 from ..utils import warn
 from . import dual_averaging
 from .applied import AppliedPenalty
+from .decay_rate import Decay, Rate, kept_initial_lrs
 from .delegation import WrappingOptimizer
 from .frozen_zeros import FrozenZeros, restore_own_state
 from .hooks import hooked, updated
@@ -38,8 +39,8 @@ class RegularizedOptimizer(WrappingOptimizer):
 
     - "coupled": `grad += lam * subgradient`, then the optimizer steps. It equals the penalty in the loss; for L2 it
       equals `weight_decay=2*lam` of SGD and Adam.
-    - "decoupled": `w -= lr * lam * subgradient`, stopping at zero, then the optimizer steps on the loss alone. For L2
-      it equals `weight_decay=2*lam` of AdamW (Loshchilov and Hutter 2019).
+    - "decoupled": `w -= rate * lam * subgradient`, stopping at zero, then the optimizer steps on the loss alone. With
+      `rate="lr"`, L2 equals `weight_decay=2*lam` of AdamW (Loshchilov and Hutter 2019).
     - "proximal": the optimizer steps, then `w = prox(w, s*lam)`, where `s` is the step that the optimizer takes for a
       unit gradient (`lr` for plain SGD). It makes exact zeros (Beck and Teboulle 2009; Yun, Lozano and Yang 2021).
     - "dual": dual averaging (RDA, Xiao 2010). For each weight, the state holds its gap `d`, the amount that the penalty
@@ -59,8 +60,15 @@ class RegularizedOptimizer(WrappingOptimizer):
         metric: the step `s` of "proximal" and "dual". "auto" computes it from the state of optimizers in torch.optim,
             and takes `lr` for others, with a warning. "euclidean" takes `lr`. A callable returns it: a number or a
             tensor of the parameter's shape, from `(optimizer, parameter, group)`.
-        compile: run the operations on large tensors as kernels of torch.compile. Compiling takes about 10 seconds a
-            kernel, once. Without a C++ compiler (Triton on CUDA) a warning says so, and they run as they do otherwise.
+        rate: the factor on `lam` in mode "decoupled". "lr" (torch's AdamW). "schedule": `lr/initial_lr`, so that `lam`
+            is per step and only the schedule changes it (AdamW as published). "corrected": `lr^2/initial_lr` (Defazio
+            2025). Or a callable `(optimizer, group) -> float or 0-dim tensor`. `initial_lr` is what LR schedulers write
+            into the param_group (OneCycleLR and CyclicLR write their lowest), else the lr at construction.
+        cautious: in mode "decoupled", shrink an element only if the update `u` of the optimizer (`w -= u`) does not
+            point away from zero: `u*w >= 0` (Chen et al. 2025). The update is then computed from the weights before
+            the decay. This copies the weights, except for SGD, Adam and AdamW without a weight_decay of their own.
+        compile: run the operations on large tensors as kernels of torch.compile, each of which takes up to 10 seconds
+            to compile. Without a C++ compiler (on CUDA, Triton) a warning says so, and nothing is compiled.
 
     Attributes:
         penalty: the penalty, or the sum of all penalties.
@@ -68,8 +76,9 @@ class RegularizedOptimizer(WrappingOptimizer):
 
     Raises:
         TypeError: `optimizer` is not an optimizer, or is already wrapped; `penalty` is not a penalty.
-        ValueError: unknown `mode` or `metric`; a penalty given twice, on parameters that the optimizer does not own, or
-            without the gradient or the proximal map that its mode needs.
+        ValueError: unknown `mode`, `metric` or `rate`; a `rate` or `cautious` without a penalty in mode "decoupled"; a
+            penalty given twice, on parameters that the optimizer does not own, or without the gradient or the proximal
+            map that its mode needs.
 
     Example:
         >>> import torch, torch_regpen as rp
@@ -90,24 +99,23 @@ class RegularizedOptimizer(WrappingOptimizer):
         mode: str = "coupled",
         *,
         metric: Metric = "auto",
+        rate: Rate = "lr",
+        cautious: bool = False,
         compile: bool = False,
     ) -> None:
-        if isinstance(optimizer, RegularizedOptimizer):
-            raise TypeError(
-                "optimizer is a RegularizedOptimizer already; wrap its .optimizer once, with a list of all penalties"
-            )
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
+        _check_optimizer(optimizer)
         if not callable(metric) and metric not in ("auto", "euclidean"):
             raise ValueError(f"metric must be 'auto', 'euclidean' or a callable, not {metric!r}")
         by_mode = _by_mode(penalty, mode)
+        decay = Decay(rate, cautious)
+        decay.check_mode([*by_mode])
         super().__init__(optimizer)
         self.penalty = _sum([part for parts in by_mode.values() for part in parts])
         self.mode = mode if len(by_mode) > 1 else next(iter(by_mode))
         self.metric = metric
         self._warned_in_loss = False
         self._applied = [
-            AppliedPenalty(_sum(parts), name, optimizer, metric, compile) for name, parts in by_mode.items()
+            AppliedPenalty(_sum(parts), name, optimizer, metric, decay, compile) for name, parts in by_mode.items()
         ]
         self._zeros = FrozenZeros(optimizer)
         zeroing = [applied for applied in self._applied if applied.makes_zeros]
@@ -131,7 +139,7 @@ class RegularizedOptimizer(WrappingOptimizer):
             result = updated(self.optimizer, start=partial(self._before_update, active), finish=finish)
         else:
             result = updated(self.optimizer, self._regularized(closure, active), finish=finish)
-        self._warn_if_in_loss()
+        self._warned_in_loss = self._warned_in_loss or _warn_if_in_loss(self.penalty)
         return result
 
     @torch.no_grad()
@@ -257,15 +265,6 @@ class RegularizedOptimizer(WrappingOptimizer):
             return active
         return [(applied, batches) for applied, batches in active if applied not in self._freezable()]
 
-    def _warn_if_in_loss(self) -> None:
-        if self._warned_in_loss or not any(part.seen["in_loss"] for part in self.penalty.parts):
-            return
-        self._warned_in_loss = True
-        warn(
-            "this penalty is in the loss and in the optimizer, so it counts double; remove penalty() from the "
-            "loss, or the penalty from the optimizer"
-        )
-
     def state_dict(self) -> dict[str, Any]:
         """The state dict of the wrapped optimizer, which it can load with or without this wrapper."""
         self._zeros.mark_stepped()
@@ -273,7 +272,8 @@ class RegularizedOptimizer(WrappingOptimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of the wrapped optimizer, including gaps, sums of steps and frozen zeros if it has them."""
-        self.optimizer.load_state_dict(state_dict)
+        with kept_initial_lrs(self.optimizer):
+            self.optimizer.load_state_dict(state_dict)
         self._zeros = FrozenZeros(self.optimizer)
         restore_own_state(self.optimizer, state_dict)
         dual_averaging.drop_others(list(self.state.values()), keep=self.averages)
@@ -281,6 +281,25 @@ class RegularizedOptimizer(WrappingOptimizer):
     def __repr__(self) -> str:
         modes = ", ".join(repr(applied.name) for applied in self._applied)
         return f"RegularizedOptimizer(mode={modes}\n{self.penalty!r}\n{self.optimizer!r})"
+
+
+def _warn_if_in_loss(penalty: Penalty) -> bool:
+    if not any(part.seen["in_loss"] for part in penalty.parts):
+        return False
+    warn(
+        "this penalty is in the loss and in the optimizer, so it counts double; remove penalty() from the "
+        "loss, or the penalty from the optimizer"
+    )
+    return True
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if isinstance(optimizer, RegularizedOptimizer):
+        raise TypeError(
+            "optimizer is a RegularizedOptimizer already; wrap its .optimizer once, with a list of all penalties"
+        )
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
 
 
 def _by_mode(penalty: Any, default: str) -> dict[str, list[Penalty]]:

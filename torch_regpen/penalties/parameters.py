@@ -54,6 +54,7 @@ class PenalizedParameters(nn.Module):
         self.scale = scale
         self.param_groups: list[dict[str, Any]] = []
         self._selections: list[Selection] = []
+        self.multipliers: dict[str, Tensor] = {}  # by name, factors on lambda that a schedule sets
         self.seen = {"in_loss": False}  # set in backward; RegularizedOptimizer uses it to warn about double counting
         default, default_select = checked_lam(lam), "attention" if isinstance(groups, Heads) else "weights"
         for group in as_param_groups(params):
@@ -174,11 +175,7 @@ class PenalizedParameters(nn.Module):
         return torch.cat([lams, center_sums(self._refs())]) if self._centered else lams
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore the lambdas from a state dict.
-
-        Raises:
-            ValueError: the state has another number of parameter groups, or was saved with another center.
-        """
+        """Restore the lambdas from a state dict; raise ValueError if its groups or its center are others."""
         groups = len(self.param_groups)
         if self._centered and len(state) == groups + 2:
             check_center(state[groups:].cpu(), self._refs())
@@ -242,8 +239,9 @@ class PenalizedParameters(nn.Module):
 
     def _joint_terms(self, penalty: Any, units: CoupledUnits, frozen: bool) -> list[Term]:
         """The terms of groups that span tensors: one matrix, with a row for each unit, per set of units."""
+        multipliers = self.multipliers
         found = [
-            Term(name, joint.placeholder, penalty, part, group, factor, joint=joint)
+            Term(name, joint.placeholder, penalty, part, group, factor, joint=joint, multiplier=multipliers.get(name))
             for group, selection in zip(self.param_groups, self._selections, strict=True)
             for name, joint in units.joints(selection, frozen)
             for part, factor in self.factors(units.grouping(self.scale))
@@ -269,7 +267,7 @@ class PenalizedParameters(nn.Module):
             )
         length = ref.length_of(name)
         return [
-            Term(name, tensor, penalty, part, group, factor, weights, center, length)
+            Term(name, tensor, penalty, part, group, factor, weights, center, length, None, self.multipliers.get(name))
             for part, factor in self.factors(grouping)
         ]
 

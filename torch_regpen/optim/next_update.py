@@ -1,0 +1,57 @@
+"""The direction of the update that an optimizer is about to make, as far as its state tells it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, optim
+from torch.optim import Optimizer
+
+from ..ops.batches import TensorBatch
+from ..ops.decay import Combination
+
+__all__ = ["next_updates"]
+
+
+def next_updates(optimizer: Optimizer, batch: TensorBatch) -> list[Combination] | None:
+    """For each tensor of a batch, a combination of tensors with the sign of its next update `u`, in `w -= u`.
+
+    None if the state does not tell the sign: for other optimizers than SGD, Adam and AdamW (exactly these classes,
+    since a subclass may have another step); with a weight_decay of the optimizer, which is a part of the update; for
+    complex parameters and sparse gradients.
+    """
+    rule = RULES.get(type(optimizer))
+    groups = getattr(batch, "owners", None) or [batch.group] * len(batch.tensors)
+    if rule is None or any(group["weight_decay"] for group in groups):
+        return None
+    if any(w.is_complex() for w in batch.tensors) or any(grad.is_sparse for grad in batch.grads):
+        return None
+    found = []
+    for w, grad, group in zip(batch.tensors, batch.grads, groups, strict=True):
+        sign = -1 if group["maximize"] else 1
+        combination = rule(sign, grad, optimizer.state.get(w, {}), group)
+        found.append([(_sign(group["lr"]) * factor, x) for factor, x in combination])
+    return found
+
+
+def _sgd(sign: int, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Combination:
+    momentum, buffer = group["momentum"], state.get("momentum_buffer")
+    if not momentum or buffer is None:  # in its first step, the buffer becomes the gradient
+        return [(sign, grad)]
+    fresh, kept = 1 - group["dampening"], momentum
+    if group["nesterov"]:
+        fresh, kept = 1 + momentum * fresh, momentum * kept
+    return [(sign * fresh, grad), (kept, buffer)]
+
+
+def _adam(sign: int, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Combination:
+    beta, mean = group["betas"][0], state.get("exp_avg")
+    return [(sign, grad)] + ([] if mean is None else [(beta / (1 - beta), mean)])
+
+
+def _sign(lr: float | Tensor) -> float | Tensor:
+    """1, or 0 for an lr of 0, as at the start of a warmup, where the update is 0."""
+    return lr.sign() if isinstance(lr, Tensor) else float(lr > 0)
+
+
+RULES = {optim.SGD: _sgd, optim.Adam: _adam, optim.AdamW: _adam}

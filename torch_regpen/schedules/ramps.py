@@ -1,0 +1,107 @@
+"""Lambda as a function of the number of steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from ..penalties.base import Penalty
+
+__all__ = ["CosineRamp", "LamScheduler", "LinearRamp", "checked_count", "scale_lambdas"]
+
+
+class LamScheduler:
+    """`lam = base * fn(step)`, as torch's LambdaLR: `fn(0)` at once, then one step further at each `step()`.
+
+    Each parameter group's, and each part of a sum's, own lambda is its base: the one that the user has set, also where
+    another schedule steers the penalty already.
+
+    Args:
+        penalty: a penalty, or a sum of them.
+        fn: the factor as a function of the number of steps taken.
+
+    Raises:
+        ValueError: a lambda is 0.
+    """
+
+    def __init__(self, penalty: Penalty, fn: Callable[[int], float]) -> None:
+        self.penalty = penalty
+        self.fn = fn
+        self.base = list(map(_base, penalty.param_groups))
+        self.last_step = 0
+        self._set()
+
+    def step(self) -> None:
+        """One step further."""
+        self.last_step += 1
+        self._set()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base lambdas and the number of steps taken; not `fn`."""
+        return {"base": list(self.base), "last_step": self.last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state that was saved, and set lambda as it was there."""
+        if len(state_dict["base"]) != len(self.base):
+            raise ValueError(
+                f"the state has lambdas for {len(state_dict['base'])} groups, the penalty has {len(self.base)}"
+            )
+        self.base = list(state_dict["base"])
+        self.last_step = state_dict["last_step"]
+        self._set()
+
+    def _set(self) -> None:
+        scale_lambdas(self.penalty, self.base, self.fn(self.last_step))
+        for group, base in zip(self.penalty.param_groups, self.base, strict=True):
+            group["scheduled"] = base, group["lam"]
+
+
+class LinearRamp(LamScheduler):
+    """`lam = base * min(step/steps, 1)`: from 0 to the penalty's lambda in a line."""
+
+    def __init__(self, penalty: Penalty, steps: int) -> None:
+        steps = checked_count("steps", steps)
+        super().__init__(penalty, partial(_linear, steps))
+
+
+class CosineRamp(LamScheduler):
+    """`lam = base * (1 - cos(pi * min(step/steps, 1))) / 2`: from 0 to the penalty's lambda, flat at both ends."""
+
+    def __init__(self, penalty: Penalty, steps: int) -> None:
+        steps = checked_count("steps", steps)
+        super().__init__(penalty, partial(_cosine, steps))
+
+
+def _base(group: dict[str, Any]) -> float:
+    """The lambda that the user has set, whatever another schedule has made of it since."""
+    base, scheduled = group.get("scheduled", (0.0, None))
+    lam = float(base if group["lam"] == scheduled else group["lam"])
+    if lam == 0:
+        raise ValueError(
+            "the base lambda of the schedule is 0, and so would be every lambda that it sets; give the penalty the "
+            "lambda that the schedule is to scale, and load a checkpoint afterwards"
+        )
+    return lam
+
+
+def _linear(steps: int, step: int) -> float:
+    return min(step / steps, 1.0)
+
+
+def _cosine(steps: int, step: int) -> float:
+    return (1 - math.cos(math.pi * _linear(steps, step))) / 2
+
+
+def scale_lambdas(penalty: Penalty, base: list[float], factor: float) -> None:
+    """Set the lambda of each parameter group to its base times a factor."""
+    for group, lam in zip(penalty.param_groups, base, strict=True):
+        group["lam"] = lam * factor
+
+
+def checked_count(name: str, value: int) -> int:
+    """Return `value`, or raise `ValueError` if it is not a whole number of 1 or more."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number, 1 or more, not {value!r}")
+    return value

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from .groups.grouping import Elements, Grouping, working_dtype
 from .groups.names import Groups, resolve
+from .groups.nm import NM
 from .groups.singular_values import SingularValues
 from .scalar import ScalarElasticNet, ScalarL0, ScalarLHalf, ScalarLogSum, ScalarMCP, ScalarSCAD, Threshold
 
@@ -344,5 +345,7 @@ def nuclear_norm_prox(w: Tensor, t: Threshold) -> Tensor:
 
 def _grouping(w: Tensor, groups: Groups) -> Grouping:
     grouping = resolve(groups)
+    if isinstance(grouping, NM):
+        raise ValueError(f"groups={grouping} is for L0 alone, as a penalty: L0(params, lam, groups={grouping})")
     grouping.check(w.shape)
     return grouping

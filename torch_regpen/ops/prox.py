@@ -19,6 +19,7 @@ from .. import functional as F
 from ..distributed.shards import local
 from ..groups.grouping import Elements, working_dtype
 from ..groups.layouts import Slices
+from ..groups.nm import NM
 from ..groups.norms import NormGrouping
 from . import foreach
 from .batches import JointBatch, TensorBatch
@@ -211,7 +212,11 @@ def prox(terms: list[Term], step: float | Tensor, max_change: float | Tensor | N
         term = terms[0]
         t = step * term.scaled_lam
         x = term.offset(w)
-        v = clip_change(x, F.prox(lambda u: term.penalty.rho_prox(u, t), x, term.grouping), max_change, term.grouping)
+        if isinstance(term.grouping, NM):
+            v = term.grouping.project(x, t)
+        else:
+            v = F.prox(lambda u: term.penalty.rho_prox(u, t), x, term.grouping)
+            v = clip_change(x, v, max_change, term.grouping)
         return v if term.center is None else v + term.center
     v = w.to(torch.promote_types(w.dtype, working_dtype(w.dtype)))
     v, step = _prox_quadratic(terms, v, step)

@@ -21,8 +21,7 @@ Example:
     >>> F.l1_value(w), F.l1_grad(w), F.l1_prox(w, t=1.0)
     (tensor(3.5000), tensor([ 1., -1.]), tensor([2., 0.]))
 
-Sources: Tibshirani 1996 (L1), Zou and Hastie 2005 (elastic net), Yuan and Lin 2006 (group lasso), Parikh and Boyd 2014
-(proximal maps).
+Sources: Tibshirani 1996 (L1), Zou and Hastie 2005 (elastic net), Yuan and Lin 2006 (group lasso), Parikh, Boyd 2014.
 """
 
 from __future__ import annotations

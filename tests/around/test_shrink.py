@@ -348,17 +348,6 @@ def test_a_trained_model_with_zero_units_becomes_smaller(make):
 # What stays
 
 
-def test_units_with_a_constant_stay_and_are_named():
-    model, x = mlp(), torch.randn(2, 6)
-    with torch.no_grad():
-        model[0].weight[:3] = 0
-        model[0].bias[0] = 0
-    with pytest.warns(UserWarning, match=r"2 of '0': their weights are zero, but a bias or a norm is not"):
-        smaller = shrink(model, x)
-    assert smaller[0].out_features == 7
-    assert close(smaller(x), model(x))
-
-
 def test_zero_outputs_and_streams_under_a_layer_norm_stay_and_are_named():
     model, x = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3)), torch.randn(2, 6)
     with torch.no_grad():

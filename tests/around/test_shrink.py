@@ -282,6 +282,19 @@ def test_it_can_be_exported_scripted_and_compiled(name):
         assert close(out(other, x), out(smaller, x))
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["mlp", "vgg", "resnet18"])
+def test_onnxruntime_agrees(name, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    _, inputs, _, _, smaller = case(name)
+    x = inputs(2)
+    torch.onnx.export(smaller, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert close(torch.from_numpy(y), out(smaller, x))
+
+
 @pytest.mark.parametrize("name", ["vgg", "lstm", "vit", "mobilenet_v2"])
 def test_it_can_be_trained_further(name):
     _, inputs, _, _, smaller = case(name)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -47,7 +48,7 @@ def shrink(model: nn.Module, example_inputs: Inputs) -> nn.Module:
 
     The copy consists of the same modules with smaller parameters, and of no class of this package. Save it whole, with
     `torch.save(model, file)`: its class would construct the original sizes. It has no gradients, and an optimizer must
-    be constructed anew for it.
+    be constructed anew for it. It takes the inputs of the model; `shrink_inputs` removes those that are not read.
 
     Units stay, and a warning names them and says why, where
     - a constant cannot be taken up exactly;
@@ -82,6 +83,23 @@ def shrink(model: nn.Module, example_inputs: Inputs) -> nn.Module:
           (2): Linear(in_features=3, out_features=2, bias=True)
         )
     """
+    smaller = copied_model(model)
+    sets, left = coupled_units(smaller, example_inputs)
+    with in_eval_mode(smaller):
+        shrinking = Shrinking(smaller, example_inputs)
+        shrinking.name_left(sets, left)
+        shrinking.remove(shrinking.cuts(sets))
+    shrinking.warn_about_what_stays("units that are zero")
+    return smaller
+
+
+def copied_model(model: nn.Module) -> nn.Module:
+    """A copy to shrink, without gradients.
+
+    Raises:
+        TypeError: the model is not a module.
+        ValueError: a parameter is sharded, or masked by torch.nn.utils.prune.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
     model = getattr(model, "_orig_mod", model)  # of torch.compile
@@ -92,21 +110,23 @@ def shrink(model: nn.Module, example_inputs: Inputs) -> nn.Module:
         raise ValueError("the model has masks; make them permanent with torch.nn.utils.prune.remove first")
     smaller = copy.deepcopy(model)
     smaller.zero_grad()
-    sets, left = coupled_units(smaller, example_inputs)
-    training = {module: module.training for module in smaller.modules()}
-    smaller.eval()
-    shrinking = _Shrinking(smaller, example_inputs)
-    shrinking.name_left(sets, left)
-    shrinking.remove(shrinking.cuts(sets))
-    for module, mode in training.items():
-        module.training = mode
-    if shrinking.stay:
-        warn(f"shrink could not remove all units that are zero. What stays, and why: {'; '.join(shrinking.stay)}")
     return smaller
 
 
-class _Shrinking:
-    """Removes units from a model, and restores them where its outputs are not the same.
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in eval mode; afterwards each module is in its own mode again."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+class Shrinking:
+    """Removes units from a model in eval mode, and restores them where its outputs are not the same.
 
     Attributes:
         stay: the units that stay, with the reasons, for a message.
@@ -122,14 +142,19 @@ class _Shrinking:
         self.folding = Folding(self.names, self._run)
         self.outputs = self._run()
 
+    def warn_about_what_stays(self, what: str) -> None:
+        """Name what stays."""
+        if self.stay:
+            warn(f"shrink could not remove all {what}. What stays, and why: {'; '.join(self.stay)}")
+
     def cuts(self, sets: Sequence[UnitSet]) -> list[Cut]:
         """The zero units that can leave, as far as the modules tell."""
         found = []
-        zeros = {units: _zero_units(units.members) for units in sets}
+        zeros = {units: zero_units(units.members) for units in sets}
         dead = self.folding.dead(sets, zeros)
         for together in _with_common_rnn(sets):
             cut = [(units, zeros[units][: units.count - 1]) for units in together]
-            most, obstacle = max(len(zero) for _, zero in cut), next(filter(None, map(self._obstacle, together)), "")
+            most, obstacle = max(len(zero) for _, zero in cut), next(filter(None, map(self.obstacle, together)), "")
             reason = obstacle
             if reason:
                 most = 0
@@ -137,15 +162,17 @@ class _Shrinking:
                 most = min(len(zero) for _, zero in cut) if _has_all_parts(together) else 0
                 reason = "the layers and directions of a recurrent layer must keep the same number of units"
             for units, zero in cut:
-                self._stays(units.name, len(zero[most:]), reason)
+                self.name_staying(units.name, len(zero[most:]), reason)
             if most:
                 found.append([(units, zero[:most]) for units, zero in cut])
             for units, zero in cut:
                 for why, count in Counter(filter(None, dead[units].values())).items():
-                    self._stays(units.name, count, f"their weights are zero, but a bias or a norm is not, and {why}")
+                    self.name_staying(
+                        units.name, count, f"their weights are zero, but a bias or a norm is not, and {why}"
+                    )
                 constant = [unit for unit, why in dead[units].items() if not why][: units.count - 1 - len(zero)]
                 if obstacle:
-                    self._stays(units.name, len(constant), obstacle)
+                    self.name_staying(units.name, len(constant), obstacle)
                 elif constant:
                     found.append([(units, constant)])
         return found
@@ -163,7 +190,7 @@ class _Shrinking:
             return [*accepted, *more]
         if len(more) == 1:
             for units, each in more[0]:
-                self._stays(units.name, len(each), reason)
+                self.name_staying(units.name, len(each), reason)
             return accepted
         half = len(more) // 2
         return self._accepted(self._accepted(accepted, more[:half]), more[half:])
@@ -210,15 +237,15 @@ class _Shrinking:
                 if where in left and slices:
                     first = slices[0]
                     known = torch.cat([torch.zeros(0, dtype=torch.int64), *in_units[first.module, first.key]])
-                    zero = first.index[_zero_units(slices)]
+                    zero = first.index[zero_units(slices)]
                     count = len(zero) - int(torch.isin(zero, known).any(1).sum())
-                    self._stays(where, count, left[where].removeprefix("in part: "))
+                    self.name_staying(where, count, left[where].removeprefix("in part: "))
 
-    def _stays(self, name: str, count: int, reason: str) -> None:
+    def name_staying(self, name: str, count: int, reason: str) -> None:
         if count > 0:
             self.stay.append(f"{count} of {name!r}: {reason}")
 
-    def _obstacle(self, units: UnitSet) -> str | None:
+    def obstacle(self, units: UnitSet) -> str | None:
         """Why units cannot leave: a module depends on their number, and not only by the sizes of its parameters."""
         for part in (*units.members, *units.readers):
             module, size = part.module, _parameter(part).shape[part.dim]
@@ -270,7 +297,7 @@ class _Shrinking:
                         setattr(parent, name, value // units.count * (units.count - leaving))
 
 
-def _zero_units(slices: Sequence[Slices]) -> list[int]:
+def zero_units(slices: Sequence[Slices]) -> list[int]:
     """The units of which all slices are zero."""
     zero = torch.ones(len(slices[0].index), dtype=torch.bool)
     for part in slices:

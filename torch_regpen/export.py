@@ -15,10 +15,11 @@ from .distributed.shards import DTensor
 from .groups.grouping import Grouping
 from .inspect.parameters import ParameterUse, find_parameters
 from .inspect.shrink import shrink
+from .inspect.shrink_inputs import shrink_inputs
 from .penalties.base import Penalty
 from .penalties.rules import Select
 
-__all__ = ["dead_units", "load_sparse_state_dict", "prune_masks", "shrink", "sparse_state_dict"]
+__all__ = ["dead_units", "load_sparse_state_dict", "prune_masks", "shrink", "shrink_inputs", "sparse_state_dict"]
 
 SPARSE = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex128, torch.complex64)
 INDEX_BYTES = 4  # a position in compressed sparse row format

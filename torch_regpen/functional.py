@@ -21,8 +21,7 @@ Example:
     >>> F.l1_value(w), F.l1_grad(w), F.l1_prox(w, t=1.0)
     (tensor(3.5000), tensor([ 1., -1.]), tensor([2., 0.]))
 
-Sources: Tibshirani 1996 (L1), Zou and Hastie 2005 (elastic net), Yuan and Lin 2006 (group lasso), Parikh and Boyd 2014
-(proximal maps).
+Sources: Tibshirani 1996 (L1), Zou and Hastie 2005 (elastic net), Yuan and Lin 2006 (group lasso), Parikh, Boyd 2014.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from torch import Tensor
 
 from .groups.grouping import Elements, Grouping, working_dtype
 from .groups.names import Groups, resolve
+from .groups.nm import NM
 from .groups.singular_values import SingularValues
 from .scalar import ScalarElasticNet, ScalarL0, ScalarLHalf, ScalarLogSum, ScalarMCP, ScalarSCAD, Threshold
 
@@ -344,5 +344,7 @@ def nuclear_norm_prox(w: Tensor, t: Threshold) -> Tensor:
 
 def _grouping(w: Tensor, groups: Groups) -> Grouping:
     grouping = resolve(groups)
+    if isinstance(grouping, NM):
+        raise ValueError(f"groups={grouping} is for L0 alone, as a penalty: L0(params, lam, groups={grouping})")
     grouping.check(w.shape)
     return grouping

@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from torch_regpen import L1, GroupLasso
-from torch_regpen.groups import Blocks
+from torch_regpen import L0, L1, GroupLasso, RegularizedOptimizer
+from torch_regpen.groups import NM, Blocks
 from torch_regpen.tensorboard import WeightLogger
 
 
@@ -79,6 +79,24 @@ def a_nan_on_one_rank_is_seen_on_all():
     if dist.get_rank() == 0:
         model[0].weight.to_local().detach()[0, 0] = torch.nan
     assert penalty().isnan()
+
+
+def n_of_m_survive_where_the_shards_cut_through_rows():
+    mesh = init_device_mesh("cpu", (2,))
+    w = torch.randn(3, 6)
+    whole, optimizers = [], []
+    for placement in (Replicate(), Shard(0), Shard(1)):
+        p = nn.Parameter(distribute_tensor(w.clone(), mesh, [placement]))
+        penalty = L0([p], LAM, groups=NM(2, 6))
+        optimizers.append(RegularizedOptimizer(torch.optim.Adam([p]), penalty, "dual"))
+        for _ in range(2):
+            p.grad = distribute_tensor(w.sign(), mesh, [placement])
+            optimizers[-1].step()
+        assert penalty().item() == pytest.approx(6 * LAM)
+        whole.append(p.full_tensor())
+    assert torch.equal(whole[0] != 0, w.abs() >= w.abs().sort(dim=1).values[:, 4:5])
+    assert torch.equal(whole[0], whole[1])
+    assert torch.equal(whole[0], whole[2])
 
 
 def summary_and_logger_are_called_by_every_rank():
@@ -160,6 +178,7 @@ CHECKS = {
         its_second_derivative_is_that_of_one_process,
         stationarity_is_the_largest_over_all_ranks,
         a_nan_on_one_rank_is_seen_on_all,
+        n_of_m_survive_where_the_shards_cut_through_rows,
         summary_and_logger_are_called_by_every_rank,
         the_board_counts_over_all_ranks,
     ],

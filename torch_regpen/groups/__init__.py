@@ -17,10 +17,12 @@ from .coupled import Coupled
 from .grouping import Elements, Grouping
 from .layouts import Blocks, Heads, Slices, Units, WholeTensor
 from .names import Groups, resolve
+from .nm import NM
 from .norms import NormGrouping
 from .singular_values import SingularValues
 
 __all__ = [
+    "NM",
     "Blocks",
     "Coupled",
     "Elements",

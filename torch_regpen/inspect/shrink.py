@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,12 +15,14 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import prune
+from torch.utils._pytree import tree_map_only
 
 from ..distributed.shards import DTensor
 from ..penalties.coupling import Inputs, UnitSet, arguments_in, coupled_units, equal_to_rounding
 from ..penalties.coupling_graph import copied_buffers, tensors_in
 from ..penalties.coupling_layers import Slices, port_widths, resize, rows
 from ..utils import warn
+from .folding import Folding, Map
 
 __all__ = ["shrink"]
 
@@ -33,17 +37,21 @@ WIDTHS = ("attn_dim", "all_head_size", "split_size", "inner_dim")
 def shrink(model: nn.Module, example_inputs: Inputs) -> nn.Module:
     """A copy of a model without the units that are zero throughout: smaller layers, the same outputs up to rounding.
 
-    A unit is what `Coupled` makes one group of: a neuron, a channel, an attention head, a unit of an LSTM. It is zero
-    throughout if all that writes it is exactly zero: its rows, its bias, and its scale and shift in norm layers. Then
-    nothing that reads it is changed without it. The columns that read it leave too, whatever their values are. Of a set
-    of units at least one stays.
+    A unit is what `Coupled` makes one group of: a neuron, a channel, an attention head, a unit of an LSTM. It leaves if
+    - all that writes it is exactly zero: its rows, its bias, and its scale and shift in norm layers; or
+    - its weights are zero, so that it emits a constant in eval mode (its bias, the shift of a norm), and the layers
+      that read it can take the constant up in their biases: a Linear, or a convolution that does not pad with zeros.
+      A constant of 0, as after a ReLU, needs no bias and may be padded. A layer without a bias gets one.
+
+    Weights that read units which leave do not count as nonzero. The columns that read a unit leave too, whatever their
+    values are. Of a set of units at least one stays.
 
     The copy consists of the same modules with smaller parameters, and of no class of this package. Save it whole, with
     `torch.save(model, file)`: its class would construct the original sizes. It has no gradients, and an optimizer must
-    be constructed anew for it.
+    be constructed anew for it. It takes the inputs of the model; `shrink_inputs` removes those that are not read.
 
     Units stay, and a warning names them and says why, where
-    - the weights are zero, but a bias or the scale or shift of a norm is not, so that they still emit a constant;
+    - a constant cannot be taken up exactly;
     - they cannot be removed: outputs of the model, units under a LayerNorm, heads of nn.MultiheadAttention, and units
       whose number is held by an attribute of a module that is not known;
     - the layers and directions of an LSTM or GRU, which share one `hidden_size`, have different numbers of them;
@@ -75,6 +83,23 @@ def shrink(model: nn.Module, example_inputs: Inputs) -> nn.Module:
           (2): Linear(in_features=3, out_features=2, bias=True)
         )
     """
+    smaller = copied_model(model)
+    sets, left = coupled_units(smaller, example_inputs)
+    with in_eval_mode(smaller):
+        shrinking = Shrinking(smaller, example_inputs)
+        shrinking.name_left(sets, left)
+        shrinking.remove(shrinking.cuts(sets))
+    shrinking.warn_about_what_stays("units that are zero")
+    return smaller
+
+
+def copied_model(model: nn.Module) -> nn.Module:
+    """A copy to shrink, without gradients.
+
+    Raises:
+        TypeError: the model is not a module.
+        ValueError: a parameter is sharded, or masked by torch.nn.utils.prune.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
     model = getattr(model, "_orig_mod", model)  # of torch.compile
@@ -85,21 +110,23 @@ def shrink(model: nn.Module, example_inputs: Inputs) -> nn.Module:
         raise ValueError("the model has masks; make them permanent with torch.nn.utils.prune.remove first")
     smaller = copy.deepcopy(model)
     smaller.zero_grad()
-    sets, left = coupled_units(smaller, example_inputs)
-    training = {module: module.training for module in smaller.modules()}
-    smaller.eval()
-    shrinking = _Shrinking(smaller, example_inputs)
-    shrinking.name_left(sets, left)
-    shrinking.remove(shrinking.cuts(sets))
-    for module, mode in training.items():
-        module.training = mode
-    if shrinking.stay:
-        warn(f"shrink could not remove all units that are zero. What stays, and why: {'; '.join(shrinking.stay)}")
     return smaller
 
 
-class _Shrinking:
-    """Removes units from a model, and restores them where its outputs are not the same.
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in eval mode; afterwards each module is in its own mode again."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+class Shrinking:
+    """Removes units from a model in eval mode, and restores them where its outputs are not the same.
 
     Attributes:
         stay: the units that stay, with the reasons, for a message.
@@ -112,28 +139,42 @@ class _Shrinking:
         self.names = {module: name for name, module in model.named_modules()}
         self.parents = {child: parent for parent in self.names for child in parent.children()}
         self.before = {module: _copied(vars(module)) for module in self.names}
+        self.folding = Folding(self.names, self._run)
         self.outputs = self._run()
+
+    def warn_about_what_stays(self, what: str) -> None:
+        """Name what stays."""
+        if self.stay:
+            warn(f"shrink could not remove all {what}. What stays, and why: {'; '.join(self.stay)}")
 
     def cuts(self, sets: Sequence[UnitSet]) -> list[Cut]:
         """The zero units that can leave, as far as the modules tell."""
         found = []
+        zeros = {units: zero_units(units.members) for units in sets}
+        dead = self.folding.dead(sets, zeros)
         for together in _with_common_rnn(sets):
-            cut = [(units, _zero_units(units.members)) for units in together]
-            for units, zero in cut:
-                weights = [part for part in units.members if _parameter(part).ndim > 1]
-                constant = len(_zero_units(weights)) - len(zero)
-                self._stays(units.name, constant, "their weights are zero, but a bias or a norm is not")
-            cut = [(units, zero[: units.count - 1]) for units, zero in cut]
-            most, reason = max(len(zero) for _, zero in cut), next(filter(None, map(self._obstacle, together)), "")
+            cut = [(units, zeros[units][: units.count - 1]) for units in together]
+            most, obstacle = max(len(zero) for _, zero in cut), next(filter(None, map(self.obstacle, together)), "")
+            reason = obstacle
             if reason:
                 most = 0
             elif any(isinstance(part.module, nn.RNNBase) for part in together[0].members):
                 most = min(len(zero) for _, zero in cut) if _has_all_parts(together) else 0
                 reason = "the layers and directions of a recurrent layer must keep the same number of units"
             for units, zero in cut:
-                self._stays(units.name, len(zero[most:]), reason)
+                self.name_staying(units.name, len(zero[most:]), reason)
             if most:
                 found.append([(units, zero[:most]) for units, zero in cut])
+            for units, zero in cut:
+                for why, count in Counter(filter(None, dead[units].values())).items():
+                    self.name_staying(
+                        units.name, count, f"their weights are zero, but a bias or a norm is not, and {why}"
+                    )
+                constant = [unit for unit, why in dead[units].items() if not why][: units.count - 1 - len(zero)]
+                if obstacle:
+                    self.name_staying(units.name, len(constant), obstacle)
+                elif constant:
+                    found.append([(units, constant)])
         return found
 
     def remove(self, cuts: list[Cut]) -> None:
@@ -149,7 +190,7 @@ class _Shrinking:
             return [*accepted, *more]
         if len(more) == 1:
             for units, each in more[0]:
-                self._stays(units.name, len(each), reason)
+                self.name_staying(units.name, len(each), reason)
             return accepted
         half = len(more) // 2
         return self._accepted(self._accepted(accepted, more[:half]), more[half:])
@@ -160,10 +201,18 @@ class _Shrinking:
         for module, contents in self.before.items():
             vars(module).update(_copied(contents))
         gone: dict[tuple[nn.Module, str, int], list[Tensor]] = defaultdict(list)
+        leaving: Counter[UnitSet] = Counter()
+        created = []
         for units, each in (unit for cut in cuts for unit in cut):
+            created += self.folding.fold_(units, each)
+            leaving[units] += len(each)
             for part in (*units.members, *units.readers):
                 gone[part.module, part.key, part.dim].append(part.index[each].flatten())
-            self._resize_attention(units, len(each))
+        for module in created:
+            if (module, "weight", 0) in gone:
+                gone[module, "bias", 0] = gone[module, "weight", 0]
+        for units, count in leaving.items():
+            self._resize_attention(units, count)
         for (module, key, dim), indices in gone.items():
             parameter: Any = module._parameters[key]
             kept = torch.ones(parameter.shape[dim], dtype=torch.bool)
@@ -188,15 +237,15 @@ class _Shrinking:
                 if where in left and slices:
                     first = slices[0]
                     known = torch.cat([torch.zeros(0, dtype=torch.int64), *in_units[first.module, first.key]])
-                    zero = first.index[_zero_units(slices)]
+                    zero = first.index[zero_units(slices)]
                     count = len(zero) - int(torch.isin(zero, known).any(1).sum())
-                    self._stays(where, count, left[where].removeprefix("in part: "))
+                    self.name_staying(where, count, left[where].removeprefix("in part: "))
 
-    def _stays(self, name: str, count: int, reason: str) -> None:
+    def name_staying(self, name: str, count: int, reason: str) -> None:
         if count > 0:
             self.stay.append(f"{count} of {name!r}: {reason}")
 
-    def _obstacle(self, units: UnitSet) -> str | None:
+    def obstacle(self, units: UnitSet) -> str | None:
         """Why units cannot leave: a module depends on their number, and not only by the sizes of its parameters."""
         for part in (*units.members, *units.readers):
             module, size = part.module, _parameter(part).shape[part.dim]
@@ -221,13 +270,17 @@ class _Shrinking:
         return None if equal_to_rounding(outputs, self.outputs) else "the outputs differ without them"
 
     @torch.no_grad()
-    def _run(self) -> list[Tensor]:
+    def _run(self, state: Mapping[str, Tensor] = MappingProxyType({}), change: Map | None = None) -> list[Tensor]:
+        """The outputs, with other parameters in place of those in `state`, and with floating-point inputs changed."""
+        args, kwargs = self.args, self.kwargs
+        if change is not None:
+            args, kwargs = tree_map_only(Tensor, lambda x: change(x) if x.is_floating_point() else x, (args, kwargs))
         norms = [module for module in self.names if isinstance(module, _InstanceNorm) and module.weight is None]
         hooks = [norm.register_forward_pre_hook(_adopt_size) for norm in norms]
         try:
             with torch.random.fork_rng(devices=list({p.device for p in self.model.parameters() if p.is_cuda})):
                 # each run draws the same numbers
-                out = functional_call(self.model, copied_buffers(self.model), self.args, self.kwargs)
+                out = functional_call(self.model, {**copied_buffers(self.model), **state}, args, kwargs)
                 return [tensor.clone() for tensor in tensors_in(out)]
         finally:
             for hook in hooks:
@@ -244,7 +297,7 @@ class _Shrinking:
                         setattr(parent, name, value // units.count * (units.count - leaving))
 
 
-def _zero_units(slices: Sequence[Slices]) -> list[int]:
+def zero_units(slices: Sequence[Slices]) -> list[int]:
     """The units of which all slices are zero."""
     zero = torch.ones(len(slices[0].index), dtype=torch.bool)
     for part in slices:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import functional as F
 from ..groups.grouping import Elements, working_dtype
+from ..groups.nm import NM
 from ..groups.norms import NormGrouping
 from . import compiled_groups, foreach
 from .batches import JointBatch, TensorBatch
@@ -124,7 +125,11 @@ def prox(terms: list[Term], step: float | Tensor, max_change: float | Tensor | N
         term = terms[0]
         t = step * term.scaled_lam
         x = term.offset(w)
-        v = clip_change(x, F.prox(lambda u: term.penalty.rho_prox(u, t), x, term.grouping), max_change, term.grouping)
+        if isinstance(term.grouping, NM):
+            v = term.grouping.project(x, t)
+        else:
+            v = F.prox(lambda u: term.penalty.rho_prox(u, t), x, term.grouping)
+            v = clip_change(x, v, max_change, term.grouping)
         return v if term.center is None else v + term.center
     v = w.to(torch.promote_types(w.dtype, working_dtype(w.dtype)))
     v, step = _prox_quadratic(terms, v, step)

@@ -18,6 +18,7 @@ from ..distributed.reductions import AcrossShards, sum_over_ranks, without
 from ..distributed.shards import Along, DTensor, full_tensor, local, shard_like, sharded_over
 from ..groups.grouping import Elements, Grouping
 from ..groups.layouts import Slices, WholeTensor
+from ..groups.nm import NM
 from .terms import Term
 
 __all__ = ["ShardedTerms", "on_local_shards", "total_over_ranks"]
@@ -141,7 +142,11 @@ def _grouping_on_shard(term: Term, w: DTensor) -> Grouping | None:
         return grouping
     if term.elementwise:
         return Elements()
-    if not term.penalty.separable or not isinstance(grouping, Elements | Slices | WholeTensor):
+    if (
+        isinstance(grouping, NM)
+        or not term.penalty.separable
+        or not isinstance(grouping, Elements | Slices | WholeTensor)
+    ):
         return None
     if isinstance(grouping, Elements):
         return grouping

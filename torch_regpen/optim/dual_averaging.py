@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..distributed.shards import local
 from ..groups.grouping import Elements, working_dtype
+from ..groups.nm import NM
 from ..ops import compiled, compiled_groups, foreach
 from ..ops.batches import JointBatch, TensorBatch, is_packed
 from ..ops.chunks import buffer_like, joined
@@ -194,6 +195,8 @@ def _average_(terms: list[Term], gap: Tensor, sums: Tensor, step: Step) -> None:
 
 
 def _limited(terms: list[Term], old: Tensor, new: Tensor, max_change: float | Tensor | None) -> Tensor:
+    if isinstance(terms[0].grouping, NM):
+        return new
     new = clip_change(old, new, max_change, Elements())
     return new.clamp_min(0) if any(term.penalty.positive for term in terms) else new
 

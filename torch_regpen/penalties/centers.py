@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..distributed.shards import full_tensor, shard_like
-from ..groups import Elements, Grouping, SingularValues
+from ..groups import NM, Elements, Grouping, SingularValues
 from .lookup import ParameterRef, spellings
 
 __all__ = ["center_sums", "check_center", "checked_center", "checked_weights", "entries_by_parameter", "stored_for"]
@@ -75,10 +75,11 @@ def checked_weights(name: str, parameter: Tensor, grouping: Grouping, entry: Ten
     """Return a copy of the factors on lambda of a parameter, in the shape of its magnitudes.
 
     Raises:
-        ValueError: they have the wrong shape, are negative or not finite, or the groups are singular values.
+        ValueError: they have the wrong shape, are negative or not finite, or the groups do not support them.
     """
-    if isinstance(grouping, SingularValues):
-        raise ValueError(f"weights for {name!r}: singular values do not support weights")
+    if isinstance(grouping, SingularValues | NM):
+        what = "singular values" if isinstance(grouping, SingularValues) else f"groups={grouping}"
+        raise ValueError(f"weights for {name!r} are not supported with {what}")
     shape = grouping.magnitudes_shape(parameter.shape)
     wanted = tuple(shape) if isinstance(grouping, Elements) else (shape.numel(),)
     if tuple(entry.shape) != wanted:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.fsdp import unsharded_to_sharded
-from ..groups import Coupled, Grouping, Groups, Heads
+from ..groups import NM, Coupled, Grouping, Groups, Heads
 from ..ops.batches import TensorBatch, batches
 from ..ops.terms import Term, by_tensor
+from ..scalar import ScalarL0
 from .cache import TermCache
 from .centers import center_sums, check_center, checked_weights, entries_by_parameter, stored_for, take_centers
 from .joint import CoupledUnits
@@ -50,6 +51,8 @@ class PenalizedParameters(nn.Module):
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(groups, NM) and not isinstance(self, ScalarL0):
+            raise ValueError(f"groups={groups} is for L0 alone, not for {type(self).__name__}")
         self.groups = groups
         self.scale = scale
         self.param_groups: list[dict[str, Any]] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from ..groups.grouping import Grouping
 from ..groups.layouts import Heads, Slices, Units
 from ..groups.names import Groups, resolve
+from ..groups.nm import NM
+from ..groups.norms import NormGrouping
 from ..utils import warn
 from .lookup import ParameterRef
 
@@ -86,6 +89,9 @@ def grouping_of(groups: Groups | None, ref: ParameterRef, shape: torch.Size, sca
     """
     if isinstance(groups, Heads):
         return _heads(groups, ref, shape, scale)
+    if isinstance(groups, NM) and groups.rows is None:
+        gated = isinstance(ref.owner, tuple(GATES))  # a row of one gate, not all rows of a unit
+        return groups if gated else replace(groups, rows=_units(ref, shape, False, True))
     if groups in ("output", "input") and isinstance(groups, str):
         return _units(ref, shape, groups == "input", scale)
     return resolve(groups, scale=scale)
@@ -97,7 +103,7 @@ def transformers_conv1d() -> tuple[type[nn.Module], ...]:
     return () if module is None else (module.Conv1D,)
 
 
-def _units(ref: ParameterRef, shape: torch.Size, inputs: bool, scale: bool) -> Grouping:
+def _units(ref: ParameterRef, shape: torch.Size, inputs: bool, scale: bool) -> NormGrouping:
     owner: Any = ref.owner
     if isinstance(owner, _ConvNd) and owner.groups > 1 and len(shape) > 2:
         # Divide dimension 0, over all filters, into the groups of channels.

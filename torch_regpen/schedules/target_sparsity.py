@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..groups import NM
 from ..ops.terms import Term, by_tensor
 from ..ops.thresholds import makes_zeros, sampled, stride_for, zero_factors
 from ..optim.wrapper import RegularizedOptimizer
@@ -67,7 +68,7 @@ class TargetSparsity:
     Raises:
         TypeError: `optimizer` is no `RegularizedOptimizer`.
         ValueError: it is in another mode; `target`, `steps` or `every` is out of range; a lambda is 0; the penalty
-            zeroes nothing.
+            zeroes nothing, or has N:M groups, which fix the fraction.
     """
 
     _STATE = ("base", "factor", "last_step", "last_reading", "next_reading", "restart", "froze")
@@ -95,6 +96,9 @@ class TargetSparsity:
             )
         if not 0 <= target < 1:
             raise ValueError(f"target must be a fraction from 0 to less than 1, not {target}")
+        fixed = {str(term.grouping) for term in penalty.terms() if isinstance(term.grouping, NM)}
+        if fixed:
+            raise ValueError(f"no lambda steers the fraction of zeros of groups={fixed.pop()}: it is 1 - n/m at once")
         if not any(makes_zeros(term) for term in penalty.terms()):
             raise ValueError(f"{penalty!r} zeroes nothing; L2 only shrinks")
         self.optimizer = optimizer

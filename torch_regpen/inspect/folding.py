@@ -1,0 +1,188 @@
+"""Constants that dead units emit, folded into the biases of the layers that read them.
+
+A unit whose weights are all zero emits what its biases and norms make of nothing: a constant. The layers that read it
+do without the unit if their biases take up the constant times their weights.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from ..penalties.coupling import UnitSet
+from ..penalties.coupling_layers import Slices
+from ..penalties.units import transformers_conv1d
+
+__all__ = ["Folding", "Map"]
+
+Units = Mapping[UnitSet, list[int]]
+Map = Callable[[Tensor], Tensor]
+
+
+class Folding:
+    """What the layers of a model read, channel by channel, and their biases.
+
+    Args:
+        names: the qualified name of each module of the model.
+        run: runs the model on the example inputs, with other parameters in place of those named, and with a function of
+            the floating-point inputs in their place.
+    """
+
+    def __init__(self, names: Mapping[nn.Module, str], run: Callable[[dict[str, Tensor], Map | None], object]) -> None:
+        self.names = names
+        self.run = run
+        self._ranges: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # the lowest and the highest of each channel
+
+    def dead(self, sets: Sequence[UnitSet], zero: Units) -> dict[UnitSet, dict[int, str]]:
+        """The units with no weights that are not zero, and why their constants cannot be folded; "" if they can.
+
+        Weights that read units which are dead themselves, and can be removed, do not count.
+
+        Args:
+            sets: the sets of units.
+            zero: the units of each set that are zero throughout. They are left out of the result.
+        """
+        candidates = _dead_units(sets, lambda *_: "")
+        if all(candidates[units].keys() == set(zero[units]) for units in sets):
+            return {units: {} for units in sets}
+        self._observe(candidates)
+        found = _dead_units(sets, lambda units, unit: "" if unit in zero[units] else self._obstacle(units, unit))
+        return {units: {unit: why for unit, why in found[units].items() if unit not in zero[units]} for units in sets}
+
+    def fold_(self, units: UnitSet, each: list[int]) -> list[nn.Module]:
+        """Add the constants of some units to the biases of their readers, and return those that had no bias before."""
+        created = []
+        for part in units.readers:
+            if part.module not in self._ranges or isinstance(part.module, _ConvTransposeNd):
+                continue
+            constants = self._constants(part, each)
+            module: Any = part.module
+            if constants is None or not bool(constants.any()):
+                continue
+            index = part.index[each].flatten().to(module.weight.device)
+            weight = module.weight.detach().index_select(part.dim, index).movedim(part.dim, 0).double()
+            shift = torch.einsum("k,ko->o", constants, weight.reshape(*weight.shape[:2], -1).sum(-1))
+            bias = module.bias
+            if bias is None:
+                created.append(module)
+                bias = module.weight.new_zeros(len(shift)).requires_grad_(module.weight.requires_grad)
+            module._parameters["bias"] = nn.Parameter((bias.detach() + shift).to(bias.dtype), bias.requires_grad)
+        return created
+
+    def _observe(self, candidates: Mapping[UnitSet, Mapping[int, str]]) -> None:
+        """Record what layers read, on the example inputs, and with other inputs and other weights.
+
+        The constant of a dead unit depends on no input and on no weights but its own, which are kept.
+        """
+        kept: dict[tuple[nn.Module, str], list[tuple[int, Tensor]]] = defaultdict(list)
+        for units, dead in candidates.items():
+            for part in units.members:
+                kept[part.module, part.key].append((part.dim, part.index[list(dead)].flatten()))
+        random = torch.Generator().manual_seed(0)
+        others: dict[Tensor, Tensor] = {}  # one for a shared parameter
+        state = {}
+        for module, name in self.names.items():
+            for key, p in module._parameters.items():
+                if p is None or p.ndim < 2 or not p.is_floating_point() or ".parametrizations." in f".{name}.":
+                    continue
+                factors = torch.rand(p.shape, generator=random).to(p)
+                for dim, index in kept[module, key]:
+                    factors.index_fill_(dim, index.to(p.device), 1)
+                state[f"{name}.{key}".lstrip(".")] = others.setdefault(p, p.detach() * factors)
+        hooks = [module.register_forward_pre_hook(self._record) for module in self.names if _has_bias(module)]
+        try:
+            self.run({}, None)
+            self.run(state, lambda x: x * torch.rand(x.shape, generator=random).to(x))
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def _record(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not args:
+            return
+        channels = args[0].detach().movedim(_channel_dim(module), 0).flatten(1).double()
+        low, high = channels.amin(1), channels.amax(1)
+        if module in self._ranges:
+            low, high = torch.minimum(low, self._ranges[module][0]), torch.maximum(high, self._ranges[module][1])
+        self._ranges[module] = low, high
+
+    def _constants(self, part: Slices, each: list[int]) -> Tensor | None:
+        """What a layer reads of some units, if that is the same everywhere."""
+        low, high = (bound[part.index[each].flatten().to(bound.device)] for bound in self._ranges[part.module])
+        rounding = 16 * torch.finfo(getattr(part.module, part.key).dtype).eps
+        same = bool((high - low <= rounding * torch.maximum(low.abs(), high.abs())).all())
+        return (low + high) / 2 if same else None
+
+    def _obstacle(self, units: UnitSet, unit: int) -> str:
+        """Why the constant of a unit cannot be folded, or an empty string."""
+        for part in units.readers:
+            module: Any = part.module
+            if isinstance(module, nn.PReLU):
+                continue  # it passes the constant on
+            name = f"{self.names[module]!r} ({type(module).__name__})"
+            if module not in self._ranges:
+                return f"no bias of {name} can take up what it reads"
+            constants = self._constants(part, [unit])
+            if constants is None:
+                return "what they emit is not the same everywhere"
+            if bool(constants.any()) and _pads_with_zeros(module):
+                return f"{name} pads with zeros"
+        return ""
+
+
+def _has_bias(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, _ConvNd, *transformers_conv1d()))
+
+
+def _channel_dim(module: nn.Module) -> int:
+    return -1 - len(module.kernel_size) if isinstance(module, _ConvNd) else -1
+
+
+def _pads_with_zeros(module: nn.Module) -> bool:
+    """Whether a layer reads zeros beside the constant, so that what it makes of it differs at the borders."""
+    if isinstance(module, _ConvTransposeNd):
+        return True
+    if not isinstance(module, _ConvNd) or module.padding_mode != "zeros" or module.padding == "valid":
+        return False
+    return max(module.kernel_size) > 1 if module.padding == "same" else any(module.padding)
+
+
+def _dead_units(sets: Sequence[UnitSet], obstacle: Callable[[UnitSet, int], str]) -> dict[UnitSet, dict[int, str]]:
+    """The units without weights, and what `obstacle` says of them.
+
+    Weights do not count if they are zero, or read a dead unit of which it says nothing.
+    """
+    nonzero = {
+        (part.module, part.key): getattr(part.module, part.key).detach() != 0
+        for units in sets
+        for part in (*units.members, *units.readers)
+    }
+    found: dict[UnitSet, dict[int, str]] = {units: {} for units in sets}
+    more = True
+    while more:
+        more = False
+        for units, known in found.items():
+            new = {unit: obstacle(units, unit) for unit in _without_weights(units, nonzero) if unit not in known}
+            known.update(new)
+            ignored = [unit for unit, reason in new.items() if not reason]
+            more |= bool(ignored)
+            for part in units.readers:
+                mask = nonzero[part.module, part.key]
+                mask.index_fill_(part.dim, part.index[ignored].flatten().to(mask.device), False)
+    return found
+
+
+def _without_weights(units: UnitSet, nonzero: Mapping[tuple[nn.Module, str], Tensor]) -> list[int]:
+    alive = torch.zeros(units.count, dtype=torch.bool)
+    for part in units.members:
+        mask = nonzero[part.module, part.key]
+        if mask.ndim > 1:
+            rows = mask.movedim(part.dim, 0).reshape(mask.shape[part.dim], -1).any(1).cpu()
+            alive |= rows[part.index].any(1)
+    return (~alive).nonzero().flatten().tolist()

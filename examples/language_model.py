@@ -194,7 +194,7 @@ def report(comparison: Comparison) -> None:
     for method, lam in comparison.chosen.items():
         trials = comparison.at(method)
         validation, test = (-fmean(trial.scores[name] for trial in trials) for name in ("validation", "test"))
-        mean, low, high = (-x for x in comparison.difference(method, "weight_decay"))
+        mean, low, high = (0.0 - x for x in comparison.difference(method, "weight_decay"))
         against = "" if method == "weight_decay" else f"{mean:+.3f} [{high:+.3f}, {low:+.3f}]"
         share = 100 * fmean(trial.zeros for trial in trials)
         print(f"{method:14}{lam:>8g}{validation:>12.3f}{test:>21.3f}{share:>9.1f}{against:>29}")

@@ -10,7 +10,7 @@ into training, validation and test. All methods get the same initial weights, ba
 - `L1 proximal`: with AdamW's usual decay beside it (lambda 0.05, that is 0.1): exact zeros.
 - `L0 50%`, `L0 80%`: dual averaging steered to so many zeros; lambda is that of AdamW's decay beside it.
 
-    python examples/language_model.py                                             about 6 minutes of one core
+    python examples/language_model.py                                             14 minutes of a busy core
     python examples/language_model.py --steps 3000 --width 192 --layers 6 --seeds 5 --resume runs/lm.jsonl
 
 `--resume` names a file of finished trainings: an interrupted comparison goes on from there.
@@ -194,7 +194,7 @@ def report(comparison: Comparison) -> None:
     for method, lam in comparison.chosen.items():
         trials = comparison.at(method)
         validation, test = (-fmean(trial.scores[name] for trial in trials) for name in ("validation", "test"))
-        mean, low, high = (-x for x in comparison.difference(method, "weight_decay"))
+        mean, low, high = (0.0 - x for x in comparison.difference(method, "weight_decay"))
         against = "" if method == "weight_decay" else f"{mean:+.3f} [{high:+.3f}, {low:+.3f}]"
         share = 100 * fmean(trial.zeros for trial in trials)
         print(f"{method:14}{lam:>8g}{validation:>12.3f}{test:>21.3f}{share:>9.1f}{against:>29}")

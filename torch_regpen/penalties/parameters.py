@@ -103,8 +103,7 @@ class PenalizedParameters(nn.Module):
             selection.refresh()
         if frozen or torch.compiler.is_compiling():
             return self._find_terms(self, frozen)
-        key = self._cache_key()
-        if not self._cache.is_valid(key):
+        if not self._cache.is_valid(key := self._cache_key()):
             locations = self._locations()
             if locations is None:
                 return self._find_terms(self, frozen)
@@ -183,10 +182,9 @@ class PenalizedParameters(nn.Module):
         if self._centered and len(state) == groups + 2:
             check_center(state[groups:].cpu(), self._refs())
             state = state[:groups]
-        lams = state.tolist()
-        if len(lams) != groups:
-            raise ValueError(f"the state dict has lambdas for {len(lams)} groups, the penalty has {groups}")
-        for group, lam in zip(self.param_groups, lams, strict=True):
+        if len(state) != groups:
+            raise ValueError(f"the state dict has lambdas for {len(state)} groups, the penalty has {groups}")
+        for group, lam in zip(self.param_groups, state.tolist(), strict=True):
             group["lam"] = lam
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -6,6 +6,7 @@ one matrix of 8192 x 4096. Penalties on groups take the tensors with 2 dimension
 
     python tests/benchmarks/speed.py                         # torchao is left out where it is not installed
     python tests/benchmarks/speed.py --only prox_ --models RV
+    python tests/benchmarks/speed.py --kernels               # only: steps with compile=True beside the eager ones
     python tests/benchmarks/speed.py --compile --models R    # the compiled step too, which takes minutes to compile
     python tests/benchmarks/speed.py --device cuda
     python tests/benchmarks/speed.py --denormals             # instead: which ways leave denormal weights
@@ -101,6 +102,14 @@ MODES = {  # that have a prox
 }
 
 
+KERNELS = {  # those of torch.compile
+    "coupled": ("coupled", "auto"),
+    "proximal, Adam's metric": ("proximal", "auto"),
+    "dual, euclidean": ("dual", "euclidean"),
+    "dual, Adam's metric": ("dual", "auto"),
+}
+
+
 def rows() -> Iterator[Row]:
     for kind in ("L1", "L2"):
         yield Row(f"{kind} in the loss, forward and backward", FASTER, f"idiom {kind}", f"loss {kind}")
@@ -122,6 +131,12 @@ def rows() -> Iterator[Row]:
             yield Row(name, COST, f"{mode} {kind}", "plain")
             if "euclidean" in mode:  # the only step that torchao's knows
                 yield Row(name, TORCHAO, peer, f"{mode} {kind}")
+    for kind, what in (("L1", "L1"), ("rows", "group lasso")):
+        for mode in KERNELS:
+            for way in ("eager", "kernels"):
+                if (kind, mode) != ("rows", "coupled"):
+                    yield Row(f"{way}: AdamW, {what} {mode}", COST, f"{way} {mode} {kind}", "plain")
+    yield Row("kernels: L1 in the loss", FASTER, "idiom L1", "kernels loss L1")
     for name, metric in (("euclidean", "euclidean"), ("Adam's metric", "auto")):
         yield Row(
             f"compiled AdamW, L1 proximal, {name}", "compiled plain steps", f"compiled {metric}", "compiled plain"
@@ -161,6 +176,16 @@ def jobs(ws: list[nn.Parameter], wanted: set[str]) -> dict[str, Job]:
         optimizer = adamw if metric == "auto" else euclidean  # the dual mode keeps other states in each
         return RegularizedOptimizer(optimizer, penalty, mode, metric=metric).step
 
+    def side_by_side(penalty: Penalty, name: str) -> dict[str, Job]:
+        found: dict[str, Job] = {}
+        for mode, (how, metric) in KERNELS.items():
+            for way in ("eager", "kernels"):
+                own = torch.optim.AdamW(ws, lr=LR, weight_decay=0, fused=True)
+                compile = way == "kernels"
+                step = RegularizedOptimizer(own, penalty, how, metric=metric, compile=compile).step
+                found[f"{way} {mode} {name}"] = step
+        return found
+
     def compiled(metric: str | None, fused: bool) -> Job:
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(ws, lr=LR, weight_decay=0, fused=fused or None)
         if metric is not None:
@@ -189,6 +214,12 @@ def jobs(ws: list[nn.Parameter], wanted: set[str]) -> dict[str, Job]:
         lasso = {groups: GroupLasso(matrices, LAM, groups=groups) for groups in ("output", "input")}
         found |= {f"prox_ {groups}": lambda penalty=penalty: penalty.prox_(LR) for groups, penalty in lasso.items()}
         found |= {f"{mode} rows": regularized(lasso["output"], *arguments) for mode, arguments in MODES.items()}
+    if any(name.startswith("kernels") for name in wanted):
+        found |= side_by_side(L1(ws, LAM), "L1")
+        found |= side_by_side(GroupLasso(matrices, LAM), "rows") if matrices else {}
+        value = L1(ws, LAM)
+        value.compile()
+        found["kernels loss L1"] = lambda: value().backward()
     if any("compiled" in name for name in wanted):
         found["compiled plain"] = compiled(None, False)
         for metric in ("euclidean", "auto"):
@@ -279,8 +310,14 @@ def column(shapes: Shapes, args: argparse.Namespace) -> dict[tuple[str, str], st
         w.grad = 1e-3 * torch.randn_like(w)
     size = sum(w.nbytes for w in ws)
     figures = {("the parameters", "MiB, in tensors"): f"{size / 2**20:.0f}, {len(ws)}"}
-    chosen = [row for row in rows() if re.search(args.only, row.name) and (args.compile or "compiled" not in row.name)]
-    memory = {job: name for job, name in MEMORY.items() if re.search(args.only, name)}
+    chosen = [
+        row
+        for row in rows()
+        if re.search(args.only, row.name)
+        and (args.compile or "compiled" not in row.name)
+        and args.kernels == row.name.startswith(("eager:", "kernels:"))
+    ]
+    memory = {job: name for job, name in MEMORY.items() if re.search(args.only, name) and not args.kernels}
     todo = jobs(ws, {job for row in chosen for job in (row.over, row.under)} | set(memory))
     taken = interleaved(todo, args.repeats, args.device)
     for row in chosen:
@@ -290,7 +327,7 @@ def column(shapes: Shapes, args: argparse.Namespace) -> dict[tuple[str, str], st
     for job, name in memory.items():
         if job in todo:
             figures[name, "MiB at the peak"] = f"{peak(todo[job], args.device) / 2**20:.1f}"
-    if re.search(args.only, "value"):
+    if re.search(args.only, "value") and not args.kernels:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             figures[f"value in {str(dtype)[6:]}", "relative error, and the idiom's"] = errors(ws, dtype)
     return figures
@@ -337,6 +374,7 @@ def main() -> None:
     parser.add_argument("--models", default="GRSVW")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--denormals", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)

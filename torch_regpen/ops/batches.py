@@ -21,7 +21,7 @@ __all__ = ["JointBatch", "TensorBatch", "as_one_tensor", "batches", "is_packed"]
 
 @dataclass(slots=True, eq=False)
 class TensorBatch:
-    """One tensor with all its terms, or several tensors with the same elementwise terms, processed together.
+    """One tensor with all its terms, or several tensors with the same uniform terms, processed together.
 
     Attributes:
         each: the terms of each tensor.
@@ -171,7 +171,7 @@ def batches(
             continue
         group = owners[id(w)] if owners is not None else {}
         key: Any = id(w)
-        if all(term.elementwise and term.length is None for term in of_tensor):
+        if all(term.uniform and term.length is None for term in of_tensor):
             key = (owners and id(group), *((id(term.penalty), id(term.group), term.factor) for term in of_tensor))
         batch = alike.setdefault(key, TensorBatch([], [], group, compiled=compiled))
         batch.each.append(of_tensor)
@@ -220,9 +220,11 @@ def as_one_tensor(batch: TensorBatch, steps: Sequence[Step]) -> tuple[TensorBatc
         step = steps[0]
     elif (fused := adaptive(steps)) is not None:
         moments, numerators, eps, max_change = fused
-        size = joined(moments).sqrt().add_(spread_scalars(eps, batch.tensors))
-        step = Step(spread_scalars(numerators, batch.tensors).div(size), max_change)
+        moment = joined(moments)
+        size = moment.sqrt().add_(spread_scalars(eps, batch.tensors))
+        step = Step(spread_scalars(numerators, batch.tensors).div(size), max_change, moment == 0)
     else:
         sizes = [_expanded(step.size, w) for step, w in zip(steps, batch.tensors, strict=True)]
-        step = Step(joined(sizes), steps[0].max_change)
+        unseen = [step.unseen for step in steps if step.unseen is not None]
+        step = Step(joined(sizes), steps[0].max_change, joined(unseen) if len(unseen) == len(steps) else None)
     return TensorBatch([[replace(term, tensor=flat) for term in batch.terms]], [flat], batch.group), [step]

@@ -97,8 +97,8 @@ def mul_(ws: Sequence[Tensor], factor: Scalar) -> None:
     """`w *= factor`."""
     if torch.compiler.is_compiling():
         factor = _variable(factor, ws[0])
-    elif not isinstance(factor, Tensor) and len(ws) > 1 and ws[0].device.type == "cpu":
-        # As exact; a number takes twice as long on small tensors.
+    elif not isinstance(factor, Tensor) and ws[0].device.type == "cpu":
+        # A number would be rounded to the dtype of half-precision weights, and take twice as long on small tensors.
         factor = torch.tensor(factor, dtype=torch.float64, device="cpu")
     torch._foreach_mul_(local_shards(ws), factor)
 

@@ -37,7 +37,8 @@ def add_grad_(batch: TensorBatch, *, ascend: bool = False) -> None:
         linear, quadratic = batch.coefficients
         (compiled if batch.compiled else foreach).add_(batch.grads, batch.tensors, sign * linear, sign * quadratic)
     else:
-        batch.grads[0].add_(_grad([term for term in batch.terms if not term.inactive]), alpha=sign)
+        for terms, grad in zip(batch.each, batch.grads, strict=True):
+            grad.add_(_grad([term for term in terms if not term.inactive]), alpha=sign)
 
 
 def add_grad_and_value_(batch: TensorBatch) -> Tensor:

@@ -19,8 +19,8 @@ from ..groups.grouping import Elements, working_dtype
 from ..groups.nm import NM
 from ..groups.norms import NormGrouping
 from . import compiled_groups, foreach
-from .batches import JointBatch, TensorBatch
-from .chunks import buffer_like, slicers
+from .batches import JointBatch, TensorBatch, as_one_tensor, is_packed
+from .chunks import buffer_like, slicers, split_like
 from .group_chunks import group_chunks, is_group_lasso, scales_in_place
 from .root_search import shrink_factors
 from .sharded import on_local_shards
@@ -49,6 +49,11 @@ def prox_(batch: TensorBatch, steps: Sequence[Step]) -> None:
             foreach.soft_threshold_(batch.tensors, step.size * linear)
         if quadratic:
             foreach.mul_(batch.tensors, 1 / (1 + step.size * (2 * quadratic)))
+        return
+    if is_packed(batch):
+        flat, flat_steps = as_one_tensor(batch, steps)
+        prox_(flat, flat_steps)
+        torch._foreach_copy_(batch.tensors, split_like(flat.tensors[0], batch.tensors))
         return
     for terms, step in zip(batch.each, steps, strict=True):
         terms = [term for term in terms if not term.inactive]

@@ -177,8 +177,13 @@ class Term:
     @property
     def elementwise(self) -> bool:
         """Whether the term is `lam * sum (a*|w| + b*w^2)` over the elements of a real tensor."""
+        return self.penalty.coefficients is not None and self.uniform
+
+    @property
+    def uniform(self) -> bool:
+        """Whether the term treats all elements of a real tensor alike: several tensors can be one flat tensor."""
         return (
-            self.penalty.coefficients is not None
+            self.penalty.separable
             and not self.grouped
             and self.weights is None
             and self.multiplier is None

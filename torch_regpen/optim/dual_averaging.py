@@ -19,8 +19,8 @@ from ..distributed.shards import local
 from ..groups.grouping import Elements, working_dtype
 from ..groups.nm import NM
 from ..ops import compiled, compiled_groups, foreach
-from ..ops.batches import JointBatch, TensorBatch, is_packed
-from ..ops.chunks import buffer_like, joined
+from ..ops.batches import JointBatch, TensorBatch, as_one_tensor, is_packed
+from ..ops.chunks import buffer_like, joined, split_like
 from ..ops.group_chunks import group_chunks, has_group_views, is_group_lasso
 from ..ops.prox import clip_change, prox
 from ..ops.root_search import shrink_factors
@@ -94,6 +94,16 @@ def average_(batch: TensorBatch, states: Sequence[State], steps: Sequence[Step])
         operations.threshold_latent_(batch.tensors, gaps, torch.stack(sums) * batch.coefficients[0])
     elif batch.is_soft_threshold and (fused := adaptive(steps)) is not None:
         operations.threshold_latent_each_(batch.tensors, gaps, sums, *fused, batch.coefficients[0])
+    elif is_packed(batch) and len(scalars) in (0, len(sums)):
+        flat, flat_steps = as_one_tensor(batch, steps)
+        (state,) = joined_states(batch, states)
+        if not scalars:
+            state[STEPS].add_(counted(flat.terms, flat_steps[0]))
+        _average_([term for term in flat.terms if not term.inactive], state[GAP], state[STEPS], flat_steps[0])
+        torch._foreach_copy_(batch.tensors, split_like(flat.tensors[0], batch.tensors))
+        torch._foreach_copy_(gaps, split_like(state[GAP], gaps))
+        if not scalars:
+            torch._foreach_copy_(sums, split_like(state[STEPS], sums))
     else:
         for terms, gap, s, step in zip(batch.each, gaps, sums, steps, strict=True):
             terms = [term for term in terms if not term.inactive]
@@ -101,7 +111,10 @@ def average_(batch: TensorBatch, states: Sequence[State], steps: Sequence[Step])
                 continue
             if not _average_groups_(terms, gap, s, step):
                 for some, take in chunked_terms(terms):
-                    _average_(some, take(gap), take(s), step.sliced(take))
+                    part = step.sliced(take)
+                    if s.ndim:
+                        take(s).add_(counted(some, part))
+                    _average_(some, take(gap), take(s), part)
 
 
 def _average_groups_(terms: list[Term], gap: Tensor, sums: Tensor, step: Step) -> bool:
@@ -178,10 +191,8 @@ def matrix(
 
 
 def _average_(terms: list[Term], gap: Tensor, sums: Tensor, step: Step) -> None:
-    """`average_` of a piece of a tensor."""
+    """`average_` of a piece of a tensor, with the step in `sums` already."""
     w = terms[0].tensor
-    if sums.ndim:
-        sums.add_(counted(terms, step))
     latent = w + gap
     new = prox([replace(term, tensor=latent) for term in terms], sums)
     unseen = step.unseen

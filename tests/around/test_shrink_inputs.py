@@ -58,7 +58,9 @@ def test_features_of_a_sequence_leave():
     assert_same(smaller(x[..., kept]), model(x))
 
 
-@pytest.mark.parametrize(("conv", "size"), [(nn.Conv1d, (9,)), (nn.Conv2d, (6, 6)), (nn.Conv2d, (9, 9)), (nn.Conv3d, (5, 5, 5))])
+@pytest.mark.parametrize(
+    ("conv", "size"), [(nn.Conv1d, (9,)), (nn.Conv2d, (6, 6)), (nn.Conv2d, (9, 9)), (nn.Conv3d, (5, 5, 5))]
+)
 def test_channels_of_a_convolution_leave(conv, size):
     model, x = nn.Sequential(conv(6, 4, 3, padding=1), nn.ReLU(), conv(4, 2, 3)), torch.randn(2, 6, *size)
     zero_(model[0].weight, 1, UNREAD)

@@ -207,6 +207,7 @@ def plot(rows: Sequence[Row], file: str) -> None:
             x, y = [row.latencies[index] for row in some], [100 * row.accuracy for row in some]
             ax.plot(x, y, f"{marker}-", label=kind)
         ax.set(xlabel=f"milliseconds of a forward pass, batch {batch}", xscale="log")
+        ax.set_ylim(min(100 * row.accuracy for row in rows) - 2, 100)
         ax.grid(alpha=0.3, which="both")
     axes[0].set(ylabel="test accuracy, %")
     axes[0].legend(fontsize=8)

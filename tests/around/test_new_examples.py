@@ -51,3 +51,19 @@ def test_the_language_model_compares_the_variants_of_decay(tmp_path, capsys):
     assert losses["L2 lr"] == losses["weight_decay"]
     assert (tmp_path / "plot.png").exists()
     assert len((tmp_path / "done.jsonl").read_text().splitlines()) == 20
+
+
+def test_the_shrunk_resnet_is_smaller_and_as_large_as_the_pruned_one(capsys, tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("torch_pruning")
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "picture.png"
+    argv = ("--epochs", "6", "--width", "8", "--targets", "0.5", "--plot", str(file))
+    out = printed("shrink_resnet.py", capsys, *argv)
+    errors = list(map(float, re.findall(r"no output differs by more than (\S+)", out)))
+    assert max(errors) < 1e-4
+    dense, shrunk, pruned = ([float(x) for x in row] for row in re.findall(r"([\d.]+)% +[\d,]+ +([\d.]+)M", out))
+    assert shrunk[1] < 0.6 * dense[1]
+    assert pruned[1] == pytest.approx(shrunk[1], rel=0.3)
+    assert shrunk[0] > 60
+    assert file.stat().st_size > 1000

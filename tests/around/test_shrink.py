@@ -67,6 +67,10 @@ def resnet18():
     return pytest.importorskip("torchvision").models.resnet18(num_classes=10)
 
 
+def squeezenet():
+    return pytest.importorskip("torchvision").models.squeezenet1_1(num_classes=10)
+
+
 def mobilenet_v2():
     return pytest.importorskip("torchvision").models.mobilenet_v2(num_classes=10)
 
@@ -125,6 +129,7 @@ MODELS = {
     "unet": (UNet, images(8)),
     "resnet18": (resnet18, images(32)),
     "mobilenet_v2": (mobilenet_v2, images(32)),
+    "squeezenet": (squeezenet, images(32)),
     "vit": (vit, images(16)),
     "convnext": (convnext, images(32)),
     "bert": (bert, tokens),
@@ -279,6 +284,30 @@ def test_it_can_be_exported_scripted_and_compiled(name):
     exported = torch.export.export(smaller, (x,)).module()
     for other in (exported, torch.jit.script(smaller), torch.compile(smaller, backend="eager")):
         assert close(out(other, x), out(smaller, x))
+
+
+def test_nothing_that_a_forward_pass_caches_is_in_the_copy():
+    class CachedBias(nn.Module):  # as attentions of LeViT do in eval mode
+        def __init__(self):
+            super().__init__()
+            self.first, self.out, self.bias, self.cache = (
+                nn.Linear(4, 6),
+                nn.Linear(6, 2),
+                nn.Parameter(torch.ones(6)),
+                {},
+            )
+
+        def forward(self, x):
+            if "bias" not in self.cache:
+                self.cache["bias"] = 2 * self.bias
+            return self.out(self.first(x) * self.cache["bias"])
+
+    model, x = CachedBias().eval(), torch.randn(2, 4)
+    zero_half(model, x)
+    smaller = shrink(model, x)
+    assert model.cache == smaller.cache == {}
+    assert (smaller.first.out_features, smaller.bias.shape) == (3, (3,))
+    assert close(out(smaller, x), out(model, x))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

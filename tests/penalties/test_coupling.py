@@ -551,3 +551,40 @@ def test_without_torch_pruning_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(ImportError, match=r"torch_regpen\[pruning\]"):
         coupled_units(*mlp())
+
+
+class CachedBias(nn.Module):
+    """It keeps what it made of its parameters in eval mode, as attentions of LeViT do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.out, self.bias, self.cache = nn.Linear(4, 6), nn.Linear(6, 2), nn.Parameter(torch.ones(6)), {}
+
+    def forward(self, x):
+        if "bias" not in self.cache:
+            self.cache["bias"] = 2 * self.bias
+        return self.out(self.first(x) * self.cache["bias"])
+
+
+def test_nothing_that_a_forward_pass_caches_stays():
+    model = CachedBias().eval()
+    sets, _ = coupled_units(model, torch.randn(2, 4))
+    assert [units.name for units in sets] == ["first"]
+    assert model.cache == {}
+
+
+class Concatenated(nn.Module):
+    def __init__(self, cat):
+        super().__init__()
+        self.one, self.other, self.out = nn.Linear(4, 6), nn.Linear(4, 5), nn.Linear(11, 2)
+        self.cat, self.dropout = cat, nn.Dropout()
+
+    def forward(self, x):
+        return self.out(self.dropout(self.cat([self.one(x), self.other(x)])))
+
+
+@pytest.mark.parametrize("cat", [functools.partial(torch.cat, dim=1), torch.hstack, torch.column_stack])
+def test_units_are_followed_through_a_concatenation_and_dropout(cat):
+    sets, _ = coupled_units(Concatenated(cat), torch.randn(2, 4))
+    assert {(units.name, units.count) for units in sets} == {("one", 6), ("other", 5)}
+    assert [units.readers[0].index.flatten().tolist() for units in sets] == [list(range(6)), list(range(6, 11))]

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..distributed.shards import DTensor
 from ..penalties.coupling import Inputs, UnitSet, arguments_in, coupled_units, equal_to_rounding
-from ..penalties.coupling_graph import copied_buffers, tensors_in
+from ..penalties.coupling_graph import copied_buffers, kept_contents, tensors_in
 from ..penalties.coupling_layers import Slices, port_widths, resize, rows
 from ..utils import warn
 from .folding import Folding, Map
@@ -278,7 +278,8 @@ class Shrinking:
         norms = [module for module in self.names if isinstance(module, _InstanceNorm) and module.weight is None]
         hooks = [norm.register_forward_pre_hook(_adopt_size) for norm in norms]
         try:
-            with torch.random.fork_rng(devices=list({p.device for p in self.model.parameters() if p.is_cuda})):
+            devices = list({p.device for p in self.model.parameters() if p.is_cuda})
+            with torch.random.fork_rng(devices=devices), kept_contents(self.model):
                 # each run draws the same numbers
                 out = functional_call(self.model, {**copied_buffers(self.model), **state}, args, kwargs)
                 return [tensor.clone() for tensor in tensors_in(out)]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parameter import UninitializedParameter
 
-from .coupling_graph import Flow, Row, copied_buffers, tensors_in
+from .coupling_graph import Flow, Row, copied_buffers, kept_contents, tensors_in
 from .coupling_layers import Slices, columns, head_of_rows, inner_columns, rows
 from .lookup import all_refs
 from .units import MULTIPLYING
@@ -112,7 +112,8 @@ class _Coupling:
     """
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.flow = Flow(model, args, kwargs)
+        with kept_contents(model):
+            self.flow = Flow(model, args, kwargs)
         self.probe = _Probe(model, args, kwargs)
         self.names = {module: name for name, module in model.named_modules()}
         self.uses = Counter(p for m in self.names for p in m._parameters.values() if p is not None)
@@ -295,7 +296,8 @@ class _Probe:
                 index = part.index[chosen].flatten().to(value.device)
                 new = value.index_select(part.dim, index)
                 value.index_copy_(part.dim, index, self._random_like(new) if random else torch.zeros_like(new))
-        with torch.random.fork_rng(devices=_cuda_devices(self.model)):  # each run draws the same numbers
+        # each run draws the same numbers, and caches what it makes of its parameters anew
+        with torch.random.fork_rng(devices=_cuda_devices(self.model)), kept_contents(self.model):
             return list(tensors_in(functional_call(self.model, state, self.args, self.kwargs)))
 
     def _random_like(self, tensor: Tensor) -> Tensor:
@@ -326,19 +328,18 @@ def _cuda_devices(model: nn.Module) -> list[torch.device]:
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Within it the model is in eval mode and all its parameters have gradients; afterwards all is as before."""
-    training = {module: module.training for module in model.modules()}
-    hooks = {module: dict(module._forward_hooks) for module in training}
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
-    model.eval()
-    for p in frozen:
-        p.requires_grad_(True)
-    try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=_cuda_devices(model)):
-            yield
-    finally:
+    attributes = {module: dict(vars(module)) for module in model.modules()}
+    with kept_contents(model):
+        model.eval()
         for p in frozen:
-            p.requires_grad_(False)
-        for module, mode in training.items():
-            module.training = mode
-            for key in module._forward_hooks.keys() - hooks[module].keys():  # left where the forward pass failed
-                del module._forward_hooks[key]
+            p.requires_grad_(True)
+        try:
+            with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=_cuda_devices(model)):
+                yield
+        finally:
+            for p in frozen:
+                p.requires_grad_(False)
+            for module, before in attributes.items():
+                vars(module).clear()
+                vars(module).update(before)

@@ -6,6 +6,7 @@ not used, because they guess shapes: here each result carries the list of the ro
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from ..utils import require
 from .coupling_layers import out_index, port_widths
 from .units import transformers_conv1d
 
-__all__ = ["Flow", "Row", "copied_buffers", "tensors_in"]
+__all__ = ["Flow", "Row", "copied_buffers", "kept_contents", "tensors_in"]
 
 OPAQUE = (nn.RNNBase, nn.MultiheadAttention)
 ATTENTION = ("ScaledDotProduct", "Bmm")  # operations that mix the values of a unit at different places
@@ -138,7 +139,7 @@ class Flow:
         """The labels of what an operation puts out."""
         fn, inputs = node.grad_fn, self._inputs(node)
         name, shapes = fn.name(), self._shapes.get(fn)
-        if name.startswith("Cat") and shapes is not None:
+        if name.startswith("Cat") and shapes is not None and len(shapes.given) == len(inputs):
             dim = _signed(fn._saved_dim, len(shapes.out))
             sizes = [shape[dim] if len(shape) == len(shapes.out) else 0 for shape in shapes.given]  # 0: an empty tensor
             if all(len(labels) in (0, size) for labels, size in zip(inputs, sizes, strict=True)):
@@ -218,9 +219,10 @@ class _RecordShapes(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor) and out.grad_fn is not None:
-            is_cat = getattr(func, "__name__", "") in ("cat", "concat", "concatenate")
+            is_cat = getattr(func, "__name__", "") in ("cat", "concat", "concatenate", "hstack", "column_stack")
             given: Any = [*args, *(kwargs or {}).values()][0] if is_cat else ()
-            self.shapes[out.grad_fn] = _Shapes(tuple(out.shape), [tuple(tensor.shape) for tensor in given])
+            # A function such as dropout in eval mode returns what another one has made.
+            self.shapes.setdefault(out.grad_fn, _Shapes(tuple(out.shape), [tuple(tensor.shape) for tensor in given]))
         return out
 
 
@@ -270,6 +272,20 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 def copied_buffers(model: nn.Module) -> dict[str, Tensor]:
     """The buffers of a model by name, for `functional_call`, so that the model's own stay as they are."""
     return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+@contextmanager
+def kept_contents(model: nn.Module) -> Iterator[None]:
+    """Afterwards the dicts and lists of all modules have the contents that they had: no hook, nothing cached."""
+    kept = [
+        (x, copy.copy(x)) for module in model.modules() for x in vars(module).values() if isinstance(x, dict | list)
+    ]
+    try:
+        yield
+    finally:
+        for container, before in kept:
+            container.clear()
+            container.update(before) if isinstance(container, dict) else container.extend(before)
 
 
 def _signed(dim: int, ndim: int) -> int:

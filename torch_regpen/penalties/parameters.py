@@ -36,7 +36,7 @@ class PenalizedParameters(nn.Module):
         param_groups: a list with one dict per parameter group; its "lam" can be set at any time.
     """
 
-    _compiled = False
+    compiled = False
 
     def __init__(
         self,
@@ -118,13 +118,14 @@ class PenalizedParameters(nn.Module):
         """
         terms = self.terms() or self.terms(frozen=frozen)
         if self._cache.terms is not terms:
-            return batches(terms, compiled=self._compiled)
-        self._cache.batches = self._cache.batches or batches(terms, compiled=self._compiled)
+            return batches(terms)
+        self._cache.batches = self._cache.batches or batches(terms)
         return self._cache.batches
 
     def compile(self) -> None:
         """Run the operations on large tensors as kernels of torch.compile; see `compile` of `RegularizedOptimizer`."""
-        self._compiled = True
+        for part in (self, *self.children()):  # the summands of a sum
+            part.compiled = True  # type: ignore[assignment]
 
     def factors(self, grouping: Grouping) -> list[tuple[Grouping, float]]:
         """The groupings on which `rho` acts, each with its share of lambda; SparseGroupLasso has two."""
@@ -148,8 +149,7 @@ class PenalizedParameters(nn.Module):
             selection.refresh()
         for ref in self._refs():
             here = ref.read() if self._units is None else ((name, tensor) for _, name, tensor in ref.tensors())
-            for name, tensor in here:
-                yield ref, name, tensor
+            yield from ((ref, name, tensor) for name, tensor in here)
 
     def restricted_to(self: Self, optimizer: torch.optim.Optimizer) -> Self:
         """The same penalty, with shared lambdas, on the parameters that `optimizer` owns.

@@ -347,7 +347,7 @@ def test_other_values_are_refused_at_construction(options, error, text):
 def test_what_a_callable_must_not_return_is_named(rate, error):
     w, optimizer = one_weight(rate=lambda *_: rate)
     w.grad = torch.zeros_like(w)
-    with pytest.raises(error, match="rate must return a (finite )?number"):
+    with pytest.raises(error, match=r"rate must return a (finite )?number"):
         optimizer.step()
 
 

@@ -168,7 +168,7 @@ class Bound:
         for kept, others in zip(self._state, saved, strict=True):
             if any(others[name].keys() != state.keys() for name, state in kept.items()):
                 raise ValueError(
-                    f"the state is of another kind of bound than {self.bound!r}; load it into a Bound like the saved one"
+                    f"the state is of another kind of bound than {self.bound!r}; load it into one like the saved one"
                 )
         self.last_step = state_dict["last_step"]
         for states, others in zip(self._state, saved, strict=True):

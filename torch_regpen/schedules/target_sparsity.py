@@ -127,8 +127,8 @@ class TargetSparsity:
     def _check_multipliers(self) -> None:
         if any(part.multipliers for part in self._penalty.parts):
             raise ValueError(
-                "lambda is multiplied by the multipliers of a Bound, and two schedules cannot steer it; use one of them. "
-                "penalty.multipliers = {} removes what a former Bound left"
+                "lambda is multiplied by the multipliers of a Bound, and two schedules cannot steer it; use one of "
+                "them. penalty.multipliers = {} removes what a former Bound left"
             )
 
     def _warn_if_short(self) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 import torch_regpen
 from torch_regpen import L1, L2, GroupLasso, RegularizedOptimizer, SparseGroupLasso
 from torch_regpen.groups import Coupled
-from torch_regpen.schedules import Bound
+from torch_regpen.schedules import Bound, TargetSparsity
 
 
 def per_step(*_):
@@ -365,6 +365,10 @@ def test_a_state_of_other_tensors_is_refused():
     _, other = bounded(network(sizes=(5, 6, 6, 3)))
     with pytest.raises(ValueError, match="multipliers for"):
         bound.load_state_dict(other.state_dict())
+    _, other = bounded(network(), "inflection")
+    for one, state in ((bound, other.state_dict()), (other, bound.state_dict())):
+        with pytest.raises(ValueError, match="another kind of bound"):
+            one.load_state_dict(state)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle])
@@ -453,3 +457,29 @@ def test_other_optimizers_and_modes_are_refused_with_the_way_out():
         Bound(RegularizedOptimizer(sgd(model), L1(model, 1.0), "dual"), 0.1)
     with pytest.raises(ValueError, match="lam=1 is the usual choice"):
         Bound(RegularizedOptimizer(sgd(model), L1(model, 0.0), "proximal"), 0.1)
+
+
+def test_a_target_sparsity_beside_a_bound_is_refused():
+    """At a multiplier of 0 no lambda makes zeros, and the target would be lost without a word."""
+    model = network()
+    optimizer = RegularizedOptimizer(sgd(model), L1(model, 1.0), "proximal")
+    target = TargetSparsity(optimizer, 0.5, steps=100)
+    target.step()
+    bound = Bound(optimizer, 0.1)
+    with pytest.raises(ValueError, match="two schedules cannot steer it"):
+        target.step()
+    with pytest.raises(ValueError, match="two schedules cannot steer it"):
+        TargetSparsity(optimizer, 0.5, steps=100)
+    del bound
+    optimizer.penalty.multipliers = {}  # as the message says
+    TargetSparsity(optimizer, 0.5, steps=100).step()
+
+
+def test_without_its_multipliers_a_penalty_is_what_it_was():
+    model = network()
+    penalty = L1(model, 0.5)
+    before = penalty()
+    Bound(RegularizedOptimizer(sgd(model), penalty, "proximal"), 0.1)
+    assert penalty() == 0
+    penalty.multipliers = {}
+    assert penalty() == before

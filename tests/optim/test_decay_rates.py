@@ -1,6 +1,7 @@
 """`rate` of the decoupled mode: what multiplies lambda."""
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -330,6 +331,7 @@ def test_one_decoupled_penalty_among_others_is_enough():
         ({"rate": 0.5}, ValueError, "rate must be"),
         ({"rate": None}, ValueError, "rate must be"),
         ({"cautious": 1}, TypeError, "cautious must be True or False, not 1"),
+        ({"compile": "default"}, TypeError, "compile must be True or False, not 'default'"),
     ],
 )
 def test_other_values_are_refused_at_construction(options, error, text):
@@ -339,12 +341,13 @@ def test_other_values_are_refused_at_construction(options, error, text):
 
 
 @pytest.mark.parametrize(
-    ("rate", "error"), [(None, TypeError), ("lr", TypeError), (-1.0, ValueError), (torch.ones(1), ValueError)]
+    ("rate", "error"),
+    [(None, TypeError), ("lr", TypeError), (-1.0, ValueError), (math.inf, ValueError), (torch.ones(1), ValueError)],
 )
 def test_what_a_callable_must_not_return_is_named(rate, error):
     w, optimizer = one_weight(rate=lambda *_: rate)
     w.grad = torch.zeros_like(w)
-    with pytest.raises(error, match="rate must return a number"):
+    with pytest.raises(error, match=r"rate must return a (finite )?number"):
         optimizer.step()
 
 

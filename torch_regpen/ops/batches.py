@@ -158,22 +158,23 @@ def batches(
     Args:
         terms: terms on any tensors.
         owners: a dict from the id of each tensor to the param_group of the optimizer that owns it.
-        compiled: see `TensorBatch`.
+        compiled: see `TensorBatch`; the terms of compiled penalties are compiled in any case.
     """
     alike: dict[Any, TensorBatch] = {}
     for of_tensor in by_tensor(terms):
         w, joint = of_tensor[0].tensor, of_tensor[0].joint
+        kernels = compiled or any(term.penalty.compiled for term in of_tensor)
         if joint is not None:
             groups = [owners[id(parameter)] if owners is not None else {} for parameter in joint.parameters]
             alike[id(w)] = JointBatch(
-                [of_tensor], joint.parameters, groups[0], joint=joint, owners=groups, compiled=compiled
+                [of_tensor], joint.parameters, groups[0], joint=joint, owners=groups, compiled=kernels
             )
             continue
         group = owners[id(w)] if owners is not None else {}
         key: Any = id(w)
         if all(term.uniform and term.length is None for term in of_tensor):
             key = (owners and id(group), *((id(term.penalty), id(term.group), term.factor) for term in of_tensor))
-        batch = alike.setdefault(key, TensorBatch([], [], group, compiled=compiled))
+        batch = alike.setdefault(key, TensorBatch([], [], group, compiled=kernels))
         batch.each.append(of_tensor)
         batch.tensors.append(w)
     found: list[TensorBatch] = []

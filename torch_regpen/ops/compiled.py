@@ -110,11 +110,13 @@ def run(kernel: Callable[..., Any], *args: Any) -> Any:
     if not _failed:
         try:
             return _compiled(kernel)(*args)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # also where Python or the system is one that torch.compile does not support
             _failed = True
             warn(
                 f"compiling the penalty has no effect: torch.compile failed with {type(error).__name__}: "
-                f"{str(error).strip().splitlines()[0]} (it needs a C++ compiler, such as g++)"
+                f"{next(iter(str(error).strip().splitlines()), 'no message')} (it needs a C++ compiler, such as g++)"
             )
     return kernel(*args)
 
@@ -143,7 +145,7 @@ def plain(x: Tensor, *shape: int) -> Tensor:
 
 def scalar(x: Scalar) -> Tensor:
     """A 0-dim tensor, which torch.compile does not make a constant."""
-    return x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
+    return x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device="cpu")
 
 
 def _flat(*lists: Sequence[Tensor]) -> list[Tensor] | None:

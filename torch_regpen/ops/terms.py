@@ -36,6 +36,7 @@ __all__ = [
 class TermPenalty(Protocol):
     """The part of `torch_regpen.Penalty` that terms use."""
 
+    compiled: bool
     positive: bool
     separable: bool
     groups: Groups | None

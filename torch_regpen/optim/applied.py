@@ -33,6 +33,7 @@ class AppliedPenalty:
         compile: see `RegularizedOptimizer`.
 
     Raises:
+        TypeError: `compile` is not a bool.
         ValueError: the optimizer does not own all penalized parameters; the penalty or the optimizer does not support
             the mode.
     """
@@ -40,6 +41,8 @@ class AppliedPenalty:
     def __init__(
         self, penalty: Penalty, mode: str, optimizer: Optimizer, metric: Metric, decay: Decay, compile: bool
     ) -> None:
+        if not isinstance(compile, bool):
+            raise TypeError(f"compile must be True or False, not {compile!r}")
         self.penalty = penalty
         self.name = mode
         self.mode = MODES[mode](optimizer, metric, decay)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,7 +59,7 @@ class Decay:
 
         Raises:
             TypeError: the callable returned neither a number nor a tensor.
-            ValueError: it returned a negative number or a tensor with dimensions; the initial lr is 0.
+            ValueError: it returned a negative or infinite number or a tensor with dimensions; the initial lr is 0.
         """
         if callable(self.rate):
             return _checked(self.rate(optimizer, group))
@@ -105,6 +106,6 @@ def _checked(rate: Any) -> float | Tensor:
     if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
         raise TypeError(f"rate must return a number or a 0-dim tensor, not {rate!r}")
     value = float(rate)
-    if not value >= 0:
-        raise ValueError(f"rate must return a number of 0 or more, not {value}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"rate must return a finite number of 0 or more, not {value}")
     return value

@@ -36,7 +36,7 @@ class PenalizedParameters(nn.Module):
         param_groups: a list with one dict per parameter group; its "lam" can be set at any time.
     """
 
-    _compiled = False
+    compiled = False
 
     def __init__(
         self,
@@ -117,14 +117,15 @@ class PenalizedParameters(nn.Module):
             frozen: if all parameters are frozen, as in an averaged model, return their batches.
         """
         terms = self.terms() or self.terms(frozen=frozen)
-        if self._cache.terms is not terms:
-            return batches(terms, compiled=self._compiled)
-        self._cache.batches = self._cache.batches or batches(terms, compiled=self._compiled)
-        return self._cache.batches
+        if self._cache.terms is terms:
+            self._cache.batches = self._cache.batches or batches(terms)
+        return self._cache.batches if self._cache.terms is terms else batches(terms)
 
     def compile(self) -> None:
         """Run the operations on large tensors as kernels of torch.compile; see `compile` of `RegularizedOptimizer`."""
-        self._compiled = True
+        for part in self.modules():
+            if isinstance(part, PenalizedParameters):
+                part.compiled = True
 
     def factors(self, grouping: Grouping) -> list[tuple[Grouping, float]]:
         """The groupings on which `rho` acts, each with its share of lambda; SparseGroupLasso has two."""
@@ -148,8 +149,7 @@ class PenalizedParameters(nn.Module):
             selection.refresh()
         for ref in self._refs():
             here = ref.read() if self._units is None else ((name, tensor) for _, name, tensor in ref.tensors())
-            for name, tensor in here:
-                yield ref, name, tensor
+            yield from ((ref, name, tensor) for name, tensor in here)
 
     def restricted_to(self: Self, optimizer: torch.optim.Optimizer) -> Self:
         """The same penalty, with shared lambdas, on the parameters that `optimizer` owns.
@@ -207,8 +207,8 @@ class PenalizedParameters(nn.Module):
         """The dict and key that hold each parameter; None if the terms depend on more and cannot be cached."""
         if type(self).factors is not PenalizedParameters.factors or unsharded_to_sharded():
             return None
-        locations = [ref.location() for ref in self._refs()]
-        return None if None in locations else locations  # type: ignore[return-value]
+        locations: list[Any] = [ref.location() for ref in self._refs()]
+        return None if None in locations else locations
 
     def _shallow_copy(self: Self) -> Self:
         """A copy that shares everything but the cache. Cached terms refer to it, to avoid a reference cycle."""

@@ -37,7 +37,8 @@ class Bound:
     AdamCPR decays after the update, and this mode before the next one.
 
     Call `step()` after each step of the optimizer. If some parameters have a gradient, the multipliers of those without
-    one rest, as their weights do; while zeros are frozen, those of the penalties that are off rest.
+    one rest, as their weights do; while zeros are frozen, those of the penalties that are off rest. Without further
+    steps the penalties keep the multipliers; `penalty.multipliers = {}` removes them.
 
     Args:
         optimizer: a `RegularizedOptimizer` without mode "dual".
@@ -155,7 +156,7 @@ class Bound:
         """Go on from a state that was saved.
 
         Raises:
-            ValueError: it is of other penalties or other tensors.
+            ValueError: it is of other penalties or other tensors, or of another kind of bound.
         """
         self._attach(frozen=True)
         saved = state_dict["tensors"]
@@ -164,6 +165,11 @@ class Bound:
                 f"the state has multipliers for {[sorted(states) for states in saved]}, and the penalties have "
                 f"{[sorted(states) for states in self._state]}"
             )
+        for kept, others in zip(self._state, saved, strict=True):
+            if any(others[name].keys() != state.keys() for name, state in kept.items()):
+                raise ValueError(
+                    f"the state is of another kind of bound than {self.bound!r}; load it into one like the saved one"
+                )
         self.last_step = state_dict["last_step"]
         for states, others in zip(self._state, saved, strict=True):
             for name, state in states.items():

@@ -68,7 +68,7 @@ class TargetSparsity:
     Raises:
         TypeError: `optimizer` is no `RegularizedOptimizer`.
         ValueError: it is in another mode; `target`, `steps` or `every` is out of range; a lambda is 0; the penalty
-            zeroes nothing, or has N:M groups, which fix the fraction.
+            zeroes nothing, has N:M groups, which fix the fraction, or has the multipliers of a `Bound`.
     """
 
     _STATE = ("base", "factor", "last_step", "last_reading", "next_reading", "restart", "froze")
@@ -103,6 +103,7 @@ class TargetSparsity:
             raise ValueError(f"{penalty!r} zeroes nothing; L2 only shrinks")
         self.optimizer = optimizer
         self._penalty = penalty
+        self._check_multipliers()
         self._strided: tuple[list[Term], int] = [], 1  # the terms, and the stride at which they are read
         self.target = target
         self.steps = checked_count("steps", steps)
@@ -122,6 +123,13 @@ class TargetSparsity:
         self._reached = self._warned = False
         self._warn_if_short()
         self._attach()
+
+    def _check_multipliers(self) -> None:
+        if any(part.multipliers for part in self._penalty.parts):
+            raise ValueError(
+                "lambda is multiplied by the multipliers of a Bound, and two schedules cannot steer it; use one of "
+                "them. penalty.multipliers = {} removes what a former Bound left"
+            )
 
     def _warn_if_short(self) -> None:
         if not self.optimizer.averages and (self.steps < LEAST_STEPS or self.steps < LEAST_READINGS * self.every):
@@ -151,6 +159,7 @@ class TargetSparsity:
 
     def step(self) -> None:
         """One step further, after `optimizer.step()`."""
+        self._check_multipliers()
         self.last_step += 1
         if self.freeze and not self.froze and self._reached:
             self.optimizer.freeze_zeros()

@@ -139,12 +139,13 @@ def test_nan_and_infinity_stay_visible(kind, mode):
 @pytest.mark.parametrize("kind", ["L1", "GroupLasso"])
 def test_other_lambdas_shapes_and_models_compile_nothing_anew(kind, mode, calls):
     counters = torch._dynamo.utils.counters["stats"]
+    torch.manual_seed(0)
     before = None
     for shape, lam in (((12, 30), 0.1), ((7, 11, 3), 0.2), ((4, 6, 3, 3), 0.3), ((5, 50), 0.4)):
         w = nn.Parameter(torch.randn(shape))
         penalty = PENALTIES[kind]([w], lam)
         optimizer = RegularizedOptimizer(optim.Adam([w], lr=lam), penalty, mode, compile=True)
-        for factor in (1, 20):
+        for factor in (1, 200):  # so that every kernel is called on the first model
             penalty.lam = lam * factor
             w.grad = torch.randn(shape)
             optimizer.step()
@@ -218,3 +219,60 @@ def test_autograd_notices_weights_that_a_kernel_changed(kind, calls):
     assert w._version >= version + 2  # by the update and by the prox
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_sums_and_restrictions_of_compiled_penalties_are_compiled(calls):
+    model = nn.Linear(30, 12)
+    plain = optim.SGD(model.parameters(), lr=0.1)
+
+    def parts():
+        return L1(model, 0.1), L2(model, 0.2)
+
+    whole, (one, other) = L1(model, 0.1) + L2(model, 0.2), parts()
+    whole.compile()
+    one.compile()
+    made = [whole, 0.5 * whole, whole.restricted_to(plain), whole + L2(model, 0.3), one + other, sum(parts(), one)]
+    for i, penalty in enumerate(made):
+        calls.clear()
+        value = penalty()
+        assert calls == ["total"], i
+        expected = 0.0
+        for part in penalty.parts:
+            factor = model.weight.abs().sum() if type(part) is L1 else model.weight.square().sum()
+            expected = expected + part.lam * factor
+        torch.testing.assert_close(value, expected)
+
+
+def test_a_compiled_penalty_is_compiled_in_an_optimizer_too(calls):
+    w = nn.Parameter(torch.randn(SHAPE))
+    penalty = L1([w], 0.1)
+    penalty.compile()
+    optimizer = RegularizedOptimizer(optim.Adam([w], lr=0.01), penalty, "proximal")
+    w.grad = torch.randn(SHAPE)
+    optimizer.step()
+    assert calls == ["soft_threshold_each_"]
+
+
+def test_the_default_device_makes_no_difference(calls):
+    w = nn.Parameter(torch.randn(SHAPE))
+    penalty = L1([w], 0.1)
+    penalty.compile()
+    try:
+        torch.set_default_device("meta")
+        value = penalty()
+    finally:
+        torch.set_default_device(None)
+    assert calls
+    torch.testing.assert_close(value, 0.1 * w.abs().sum())
+
+
+def test_running_out_of_memory_is_no_failure_to_compile(monkeypatch):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(compiled, "_compiled", lambda kernel: out_of_memory)
+    penalty = L1([nn.Parameter(torch.randn(SHAPE))], 0.1)
+    penalty.compile()
+    with pytest.raises(torch.OutOfMemoryError):
+        penalty()
+    assert not compiled._failed

@@ -13,7 +13,6 @@ from torch_regpen.export import dead_units, shrink
 from torch_regpen.penalties.coupling import coupled_units
 
 pytest.importorskip("torch_pruning")
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 STAY = "their weights are zero, but a bias or a norm is not, and "
 

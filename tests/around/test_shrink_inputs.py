@@ -11,7 +11,6 @@ from torch_regpen import GroupLasso, RegularizedOptimizer
 from torch_regpen.export import shrink, shrink_inputs
 
 pytest.importorskip("torch_pruning")
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 UNREAD = [0, 3, 4]
 KEPT = [1, 2, 5]

@@ -483,3 +483,13 @@ def test_without_its_multipliers_a_penalty_is_what_it_was():
     assert penalty() == 0
     penalty.multipliers = {}
     assert penalty() == before
+
+
+def test_the_summary_shows_lambda_times_the_multiplier():
+    model = network()
+    optimizer, bound = bounded(model, 0.0, penalty=L1, mode="proximal", lam=2.0)
+    run(model, optimizer, bound, 3)
+    name = "0.weight"
+    row = next(line.split() for line in optimizer.penalty.summary().splitlines() if line.startswith(name))
+    assert float(row[4]) == pytest.approx(2 * bound.multipliers[name].item(), rel=1e-3)
+    assert float(row[5]) == pytest.approx(float(row[4]) * model[0].weight.abs().sum().item(), rel=1e-3)

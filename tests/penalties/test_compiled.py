@@ -98,3 +98,22 @@ def test_a_compiled_model_is_penalized_as_any_other():
     model = nn.Sequential(nn.Linear(3, 2))
     penalty = L1(torch.compile(model), LAM)
     torch.testing.assert_close(penalty(), LAM * model[0].weight.abs().sum())
+
+
+@pytest.mark.parametrize("as_group", [False, True])
+def test_a_compiled_step_takes_a_penalty_on_a_compiled_model(as_group):
+    weights = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8))
+        given = torch.compile(model, backend="eager") if compiled else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        penalty = L1([{"params": given}] if as_group else given, LAM)
+        regularized = RegularizedOptimizer(optimizer, penalty, "proximal")
+        step = torch.compile(regularized.step, backend="eager") if compiled else regularized.step
+        for _ in range(3):
+            model[0].weight.grad = torch.randn(8, 8)
+            step()
+        weights.append(model[0].weight.detach())
+    torch.testing.assert_close(*weights)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch import nn
 
-from torch_regpen import L1, L2, ElasticNet, GroupLasso, Penalty, RegularizedOptimizer
+from torch_regpen import L0, L1, L2, ElasticNet, GroupLasso, Penalty, RegularizedOptimizer
 
 LAM = {"L1": 0.2, "L2": 0.35, "ElasticNet": 0.15, "GroupLasso": 0.25}
 PAIRS = [*itertools.product(BASIC, BASIC)]
@@ -262,3 +262,12 @@ def test_a_list_given_to_the_optimizer_is_the_sum(mode):
     for result in results[1:]:
         torch.testing.assert_close(result, results[0])
     assert not torch.equal(results[0], start - 0.5)
+
+
+def test_where_no_gradient_is_known_a_sum_without_prox_names_a_way_that_works():
+    model = nn.Linear(4, 4)
+    plain = torch.optim.SGD(model.parameters(), lr=0.1)
+    zeroing, other = L0(model, 0.1), L2(model, 0.2)
+    with pytest.raises(ValueError, match=r"give each a mode of its own.*'proximal'.*'decoupled'"):
+        RegularizedOptimizer(plain, zeroing + other, "proximal")
+    RegularizedOptimizer(plain, [(zeroing, "proximal"), (other, "decoupled")])

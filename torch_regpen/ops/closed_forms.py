@@ -21,6 +21,8 @@ def check_prox(terms: list[Term], per_coordinate: bool = False) -> None:
     names = " + ".join(type(term.penalty).__name__ for term in terms)
     where = f"{names} on parameter {terms[0].name!r}"
     ways_out = "use mode='coupled' or 'decoupled', or one of them in the loss"
+    if not all(term.penalty.has_grad() and not term.penalty.positive for term in terms):
+        ways_out = "give each a mode of its own, as in [(L0(model, lam), 'proximal'), (L2(model, lam), 'decoupled')]"
     if any(term.penalty.coefficients is None for term in terms):
         if len(terms) > 1:
             raise ValueError(f"the prox of {where} is not known in closed form; {ways_out}")

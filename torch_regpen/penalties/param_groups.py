@@ -29,6 +29,8 @@ class ParamGroup(dict[str, Any]):
     def __init__(self, group: dict[str, Any], lam: float) -> None:
         super().__init__(group)
         self["lam"] = lam
+        if isinstance(group["params"], nn.Module):  # not the wrapper of torch.compile: a compiled step traces only one
+            self["params"] = getattr(group["params"], "_orig_mod", group["params"])
 
     def __setitem__(self, key: str, value: Any) -> None:
         super().__setitem__(key, checked_lam(value) if key == "lam" else value)

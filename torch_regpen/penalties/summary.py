@@ -25,21 +25,22 @@ def summary_table(terms: list[Term]) -> str:
         (whole,) = ShardedTerms(gathered([term]), whole=True).terms
         offset = whole.offset(whole.tensor)
         zero = zero_groups(offset, whole.grouping)
-        numbers = [whole.value(whole.tensor), (offset == 0).sum(), zero.sum()]
+        factor = offset.new_ones(()).real if term.multiplier is None else term.multiplier
+        numbers = [whole.value(whole.tensor), (offset == 0).sum(), zero.sum(), factor]
         counts.append(
             torch.stack([number.double() for number in numbers]).to(counts[0].device if counts else whole.tensor.device)
         )
         sizes.append(0 if isinstance(term.grouping, Elements) else zero.numel())
-    unknown = [[math.nan] * 3] * len(counts)  # on the meta device
+    unknown = [[math.nan] * 4] * len(counts)  # on the meta device
     found = unknown if not counts or counts[0].is_meta else torch.stack(counts).tolist()
     rows = [HEADER]
-    for term, (value, zeros, groups), size in zip(terms, found, sizes, strict=True):
+    for term, (value, zeros, groups, factor), size in zip(terms, found, sizes, strict=True):
         rows.append(
             (
                 term.name,
                 type(term.penalty).__name__,
                 str(tuple(term.tensor.shape)),
-                f"{term.lam:.4g}",
+                f"{term.lam if term.multiplier is None else term.lam * factor:.4g}",
                 f"{value:.6g}",
                 f"{zeros:.0f}/{term.tensor.numel()}",
                 f"{groups:.0f}/{size}" if size else "-",

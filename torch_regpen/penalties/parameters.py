@@ -122,7 +122,7 @@ class PenalizedParameters(nn.Module):
         return self._cache.batches if self._cache.terms is terms else batches(terms)
 
     def compile(self) -> None:
-        """Run the operations on large tensors as kernels of torch.compile; see `compile` of `RegularizedOptimizer`."""
+        """Run operations on large tensors as kernels of torch.compile, also in a `RegularizedOptimizer`; see there."""
         for part in self.modules():
             if isinstance(part, PenalizedParameters):
                 part.compiled = True

@@ -292,6 +292,14 @@ def test_transposed_convolutions_and_recurrent_layers_take_up_no_constant():
     assert_same(smaller, model, torch.randn(2, 7, 5))
 
 
+def test_constants_behind_a_function_of_which_zero_is_no_zero_are_named():
+    model = randomize(nn.Sequential(nn.Linear(4, 6), nn.Sigmoid(), nn.Linear(6, 2)))
+    zero_(model[0].weight, 0, [0, 3])
+    with pytest.warns(UserWarning, match="2 of '0'"):
+        smaller = shrink(model, torch.randn(2, 4))
+    assert smaller[0].out_features == 6
+
+
 def test_units_with_an_obstacle_stay_whatever_they_emit():
     class Scale(nn.Module):
         def __init__(self):

@@ -227,7 +227,7 @@ class Shrinking:
             resize(module, self.before[module]["_parameters"])
 
     def name_left(self, sets: Sequence[UnitSet], left: dict[str, str]) -> None:
-        """Name the zero rows of the layers that have no units, or only some, that can be removed."""
+        """Name the rows without weights of the layers that have no units, or only some, that can be removed."""
         in_units: dict[tuple[nn.Module, str], list[Tensor]] = defaultdict(list)
         for member in (member for units in sets for member in units.members):
             in_units[member.module, member.key].append(member.index.flatten())
@@ -237,7 +237,9 @@ class Shrinking:
                 if where in left and slices:
                     first = slices[0]
                     known = torch.cat([torch.zeros(0, dtype=torch.int64), *in_units[first.module, first.key]])
-                    zero = first.index[zero_units(slices)]
+                    # A row with a bias emits a constant; it is dead as well.
+                    weights = [part for part in slices if _parameter(part).ndim > 1]
+                    zero = first.index[zero_units(weights or slices)]
                     count = len(zero) - int(torch.isin(zero, known).any(1).sum())
                     self.name_staying(where, count, left[where].removeprefix("in part: "))
 

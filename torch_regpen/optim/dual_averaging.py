@@ -20,7 +20,7 @@ from ..groups.grouping import Elements, working_dtype
 from ..groups.nm import NM
 from ..ops import compiled, compiled_groups, foreach
 from ..ops.batches import JointBatch, TensorBatch, as_one_tensor, is_packed
-from ..ops.chunks import buffer_like, joined, split_like
+from ..ops.chunks import buffer_like, joined, split_like, spread_scalars
 from ..ops.group_chunks import group_chunks, has_group_views, is_group_lasso
 from ..ops.prox import clip_change, prox
 from ..ops.root_search import shrink_factors
@@ -173,7 +173,9 @@ def joined_states(batch: TensorBatch, states: Sequence[State]) -> list[State]:
     gaps, sums = ([state[name] for state in states] for name in (GAP, STEPS))
     if all(s.ndim for s in sums):
         return [{GAP: joined(gaps), STEPS: joined(sums)}]
-    return [{GAP: joined(gaps), STEPS: joined([s.expand_as(w) for s, w in zip(sums, gaps, strict=True)])}]
+    if any(s.ndim for s in sums):
+        return [{GAP: joined(gaps), STEPS: joined([s.expand_as(w) for s, w in zip(sums, gaps, strict=True)])}]
+    return [{GAP: joined(gaps), STEPS: spread_scalars(torch.stack(sums), gaps)}]
 
 
 def matrix(

@@ -135,6 +135,23 @@ def test_nan_and_infinity_stay_visible(kind, mode):
     assert w[2:].isfinite().all()
 
 
+def test_infinite_weights_have_the_value_and_gradient_of_the_eager_mode(calls):
+    w = nn.Parameter(torch.randn(SHAPE))
+    with torch.no_grad():
+        w[0, 0], w[1, 1] = torch.inf, -torch.inf
+    results = []
+    for compile in (False, True):
+        penalty = L1([w], 0.3)
+        if compile:
+            penalty.compile()
+        w.grad = torch.zeros(SHAPE)
+        penalty.add_grad_()
+        value = penalty()
+        results.append([value.detach(), torch.autograd.grad(value, [w])[0], w.grad])
+    assert_same(*results, torch.float32)
+    assert {"total", "gradient", "add_gradient_"} <= set(calls)
+
+
 @pytest.mark.parametrize("mode", ["proximal", "dual"])
 @pytest.mark.parametrize("kind", ["L1", "GroupLasso"])
 def test_other_lambdas_shapes_and_models_compile_nothing_anew(kind, mode, calls):

@@ -37,28 +37,29 @@ _failed = False  # whether a compilation has failed in this process
 
 def total(ws: Sequence[Tensor], linear: float, quadratic: float) -> Tensor:
     """See `foreach.total`."""
-    views = _flat(ws)
+    views = _flat(ws) if linear else None  # L2 alone is one pass in any case
     if views is None:
         return foreach.total(ws, linear, quadratic)
-    return run(kernels.total, *views, scalar(linear), scalar(quadratic))  # type: ignore[no-any-return]
+    squares = scalar(quadratic) if quadratic else None
+    return run(kernels.total, *views, scalar(linear), squares)  # type: ignore[no-any-return]
 
 
 def gradients(ws: Sequence[Tensor], linear: Tensor | None, quadratic: Tensor | None) -> list[Tensor]:
     """See `foreach.gradients`."""
-    views = _flat(ws) if linear is not None else None  # L2 alone is one pass in any case
+    views = _flat(ws) if linear is not None else None
     if views is None:
         return foreach.gradients(ws, linear, quadratic)
-    grad = run(kernels.gradient, *views, linear, scalar(0.0) if quadratic is None else 2 * quadratic)
+    grad = run(kernels.gradient, *views, linear, None if quadratic is None else 2 * quadratic)
     return [grad.as_strided(ws[0].shape, ws[0].stride())]
 
 
 def add_(grads: Sequence[Tensor], ws: Sequence[Tensor], linear: float, quadratic: float) -> None:
     """See `foreach.add_`."""
-    views = _flat(grads, ws) if linear else None  # L2 alone is one pass in any case
+    views = _flat(grads, ws) if linear else None
     if views is None:
         foreach.add_(grads, ws, linear, quadratic)
     else:
-        run(kernels.add_gradient_, *views, scalar(linear), scalar(2 * quadratic))
+        run(kernels.add_gradient_, *views, scalar(linear), scalar(2 * quadratic) if quadratic else None)
         increment_version(grads[0])
 
 

@@ -13,22 +13,21 @@ from torch import Tensor
 from ..groups.grouping import working_dtype
 
 
-def total(w: Tensor, linear: Tensor, quadratic: Tensor) -> Tensor:
+def total(w: Tensor, linear: Tensor, quadratic: Tensor | None) -> Tensor:
     """`sum (linear*|w| + quadratic*w^2)`, accumulated in float64 on a CPU, where float32 would lose digits."""
     x = _wide(w)
-    dtype = torch.float64 if w.device.type == "cpu" else x.dtype
-    return (linear * x.abs() + quadratic * x.square()).sum(dtype=dtype).to(x.dtype)
+    terms = linear * x.abs() if quadratic is None else linear * x.abs() + quadratic * x.square()
+    return terms.sum(dtype=torch.float64 if w.device.type == "cpu" else x.dtype).to(x.dtype)
 
 
-def gradient(w: Tensor, linear: Tensor, quadratic: Tensor) -> Tensor:
-    """`linear * sign(w) + quadratic * w`."""
-    return linear * w.sign() + quadratic * w
+def gradient(w: Tensor, linear: Tensor, quadratic: Tensor | None) -> Tensor:
+    """`linear * sign(w) + quadratic * w`. Without the second term, None: 0 times infinity would be NaN."""
+    return linear * w.sign() if quadratic is None else linear * w.sign() + quadratic * w
 
 
-def add_gradient_(grad: Tensor, w: Tensor, linear: Tensor, quadratic: Tensor) -> None:
+def add_gradient_(grad: Tensor, w: Tensor, linear: Tensor, quadratic: Tensor | None) -> None:
     """`grad += linear * sign(w) + quadratic * w`."""
-    x = _wide(w)
-    grad.copy_(_wide(grad) + linear * x.sign() + quadratic * x)
+    grad.copy_(_wide(grad) + gradient(_wide(w), linear, quadratic))
 
 
 def soft_threshold_each_(w: Tensor, moment: Tensor, numerator: Tensor, eps: Tensor, max_change: Tensor) -> None:

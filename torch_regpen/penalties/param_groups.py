@@ -29,7 +29,9 @@ class ParamGroup(dict[str, Any]):
     def __init__(self, group: dict[str, Any], lam: float) -> None:
         super().__init__(group)
         self["lam"] = lam
-        if isinstance(group["params"], nn.Module):  # not the wrapper of torch.compile: a compiled step traces only one
+        if isinstance(
+            group.get("params"), nn.Module
+        ):  # without the wrapper of torch.compile, which a step cannot trace
             self["params"] = getattr(group["params"], "_orig_mod", group["params"])
 
     def __setitem__(self, key: str, value: Any) -> None:

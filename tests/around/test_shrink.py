@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from helpers.nets import Scale
 from torch import nn
 from torch.nn.utils import prune
 
@@ -492,14 +493,6 @@ def test_units_that_only_change_the_outputs_stay():
 
 
 def test_units_of_an_unknown_module_that_holds_their_number_stay():
-    class Scale(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.size, self.scale = 6, nn.Parameter(torch.ones(6))
-
-        def forward(self, x):
-            return x * self.scale
-
     model, x = nn.Sequential(nn.Linear(4, 6), Scale(), nn.Linear(6, 2)), torch.randn(2, 4)
     zero_half(model, x)
     with pytest.warns(UserWarning, match=r"3 of '0': it is not known what 1\.size = 6 of Scale means"):

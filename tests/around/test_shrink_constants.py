@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from helpers.nets import zero_
+from helpers.nets import Scale, zero_
 from torch import nn
 
 from torch_regpen import GroupLasso, RegularizedOptimizer
@@ -301,14 +301,6 @@ def test_constants_behind_a_function_of_which_zero_is_no_zero_are_named():
 
 
 def test_units_with_an_obstacle_stay_whatever_they_emit():
-    class Scale(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.size, self.scale = 6, nn.Parameter(torch.ones(6))
-
-        def forward(self, x):
-            return x * self.scale
-
     model = randomize(nn.Sequential(nn.Linear(4, 6), Scale(), nn.Linear(6, 2)))
     zero_(model[0].weight, 0, [0, 3])
     with pytest.warns(UserWarning, match=r"2 of '0': it is not known what 1\.size = 6 of Scale means"):

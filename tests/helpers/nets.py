@@ -191,3 +191,14 @@ def made_sparse(model):
 def zero_(tensor, dim, units):
     with torch.no_grad():
         tensor.index_fill_(dim, torch.tensor(units), 0)
+
+
+class Scale(nn.Module):
+    """A module that the library does not know, and that holds its number of features."""
+
+    def __init__(self, size=6):
+        super().__init__()
+        self.size, self.scale = size, nn.Parameter(torch.ones(size))
+
+    def forward(self, x):
+        return x * self.scale

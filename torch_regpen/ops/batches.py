@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..distributed.shards import local
 from ..groups.grouping import working_dtype
+from . import compiled, foreach
 from .chunks import batch_indices, joined, spread_scalars
 from .step import Step, adaptive
 from .terms import Joint, Term, by_tensor, coefficients, gathered
@@ -66,6 +68,11 @@ class TensorBatch:
     def is_local(self) -> bool:
         """Whether the value is a sum over elements and all elements are on this rank."""
         return self.elementwise and local(self.tensors[0]) is self.tensors[0]
+
+    @property
+    def operations(self) -> ModuleType:
+        """The module with the operations on the tensors: `compiled`, or `foreach`, which has the same functions."""
+        return compiled if self.compiled else foreach
 
     @property
     def inactive(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import compiled, foreach
+from . import foreach
 from .batches import JointBatch, TensorBatch
 from .sharded import on_local_shards
 from .terms import Term
@@ -35,7 +35,7 @@ def add_grad_(batch: TensorBatch, *, ascend: bool = False) -> None:
         batch.joint.add_(batch.grads, _grad(active), sign)
     elif batch.elementwise:
         linear, quadratic = batch.coefficients
-        (compiled if batch.compiled else foreach).add_(batch.grads, batch.tensors, sign * linear, sign * quadratic)
+        batch.operations.add_(batch.grads, batch.tensors, sign * linear, sign * quadratic)
     else:
         for terms, grad in zip(batch.each, batch.grads, strict=True):
             grad.add_(_grad([term for term in terms if not term.inactive]), alpha=sign)

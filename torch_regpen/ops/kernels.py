@@ -39,9 +39,8 @@ def soft_threshold_each_(w: Tensor, moment: Tensor, numerator: Tensor, eps: Tens
 
 def threshold_latent_(w: Tensor, gap: Tensor, t: Tensor) -> None:
     """With `z = w + gap`: `w = sign(z) * max(|z| - t, 0)` and `gap = z - w`."""
-    z = _wide(w) + gap
-    new = (z - torch.clamp(z, -t, t)).to(w.dtype)
-    gap.copy_(torch.clamp(z, -t, t) if w.dtype == gap.dtype else z - new)
+    new, new_gap = _thresholded(w, gap, t)
+    gap.copy_(new_gap)
     w.copy_(new)
 
 
@@ -60,14 +59,18 @@ def threshold_latent_each_(
     Where the moment is 0, gap and sum are 0 in the end.
     """
     s = sums + torch.minimum(_quotient(moment, numerator, eps), most)
-    t = s * lam
+    new, new_gap = _thresholded(w, gap, s * lam)
+    seen = moment != 0
+    gap.copy_(torch.where(seen, new_gap, 0))
+    sums.copy_(torch.where(seen, s, 0))
+    w.copy_(new)
+
+
+def _thresholded(w: Tensor, gap: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     z = _wide(w) + gap
     change = torch.clamp(z, -t, t)
     new = (z - change).to(w.dtype)
-    seen = moment != 0
-    gap.copy_(torch.where(seen, change if w.dtype == gap.dtype else z - new, 0))
-    sums.copy_(torch.where(seen, s, 0))
-    w.copy_(new)
+    return new, change if w.dtype == gap.dtype else z - new  # what rounding takes from the weights is not lost
 
 
 def norm(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..distributed.shards import full_tensor
 from ..groups.grouping import working_dtype
-from . import compiled, foreach
+from . import foreach
 from .batches import JointBatch, TensorBatch, batches
 from .gradient import check_grad
 from .sharded import ShardedTerms, total_over_ranks
@@ -148,7 +148,7 @@ class _EagerValue(_Value):
             return None, *_grads(ctx.batch, ws, g)
         linear, quadratic = ctx.batch.coefficients
         factors = g * linear if linear or not quadratic else None, g * quadratic if quadratic else None
-        return None, *_operations(ctx.batch).gradients(ws, *factors)
+        return None, *ctx.batch.operations.gradients(ws, *factors)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Tensor:
@@ -182,12 +182,8 @@ class _GradientOnly(_EagerValue):
 
 def _forward(batch: TensorBatch, ws: Iterable[Tensor]) -> Tensor:
     if batch.elementwise:
-        return _operations(batch).total(list(ws), *batch.coefficients)  # type: ignore[no-any-return]
+        return batch.operations.total(list(ws), *batch.coefficients)  # type: ignore[no-any-return]
     return foreach.summed([term.value(w) for terms, w in zip(batch.each, ws, strict=True) for term in terms])
-
-
-def _operations(batch: TensorBatch) -> Any:
-    return compiled if batch.compiled else foreach
 
 
 def _mark_seen(batch: TensorBatch) -> None:

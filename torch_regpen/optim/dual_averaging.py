@@ -18,7 +18,7 @@ from torch import Tensor
 from ..distributed.shards import local
 from ..groups.grouping import Elements, working_dtype
 from ..groups.nm import NM
-from ..ops import compiled, compiled_groups, foreach
+from ..ops import compiled_groups
 from ..ops.batches import JointBatch, TensorBatch, as_one_tensor, is_packed
 from ..ops.chunks import buffer_like, joined, split_like, spread_scalars
 from ..ops.group_chunks import group_chunks, has_group_views, is_group_lasso
@@ -89,11 +89,11 @@ def average_(batch: TensorBatch, states: Sequence[State], steps: Sequence[Step])
     sums = [state[STEPS] for state in states]
     if scalars := [(s, step.size) for s, step in zip(sums, steps, strict=True) if not s.ndim]:
         torch._foreach_add_(*map(list, zip(*scalars, strict=True)))
-    gaps, operations = [state[GAP] for state in states], compiled if batch.compiled else foreach
+    gaps = [state[GAP] for state in states]
     if batch.is_soft_threshold and len(scalars) == len(sums):
-        operations.threshold_latent_(batch.tensors, gaps, torch.stack(sums) * batch.coefficients[0])
+        batch.operations.threshold_latent_(batch.tensors, gaps, torch.stack(sums) * batch.coefficients[0])
     elif batch.is_soft_threshold and (fused := adaptive(steps)) is not None:
-        operations.threshold_latent_each_(batch.tensors, gaps, sums, *fused, batch.coefficients[0])
+        batch.operations.threshold_latent_each_(batch.tensors, gaps, sums, *fused, batch.coefficients[0])
     elif is_packed(batch) and len(scalars) in (0, len(sums)):
         flat, flat_steps = as_one_tensor(batch, steps)
         (state,) = joined_states(batch, states)

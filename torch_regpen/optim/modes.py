@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..ops import compiled, foreach
 from ..ops.batches import JointBatch, TensorBatch, as_one_tensor
 from ..ops.chunks import Slicer
 from ..ops.closed_forms import check_prox
@@ -232,7 +231,7 @@ class Proximal(Mode):
             fused = adaptive(steps) if batch.is_soft_threshold else None
             if fused is not None:
                 moments, numerators, eps, max_change = fused
-                (compiled if batch.compiled else foreach).soft_threshold_each_(
+                batch.operations.soft_threshold_each_(
                     batch.tensors, moments, numerators * batch.coefficients[0], eps, max_change
                 )
             else:

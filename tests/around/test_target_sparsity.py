@@ -344,6 +344,36 @@ def test_zeros_freeze_at_the_target_and_lambda_rests(digits, mode, kind):
     assert sum(after) / 50 == pytest.approx(0.9, abs=0.02)
 
 
+@pytest.mark.parametrize("mode", ["proximal", "dual"])
+@pytest.mark.parametrize(("target", "zeros"), [(0.94, 9), (0.85, 8), (0.73, 7)])
+def test_zeros_freeze_where_few_groups_only_come_near_the_target(mode, target, zeros):
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 10)
+    penalty = GroupLasso(layer, 1e-3, groups="output")
+    wrapped = RegularizedOptimizer(momentum(layer), penalty, mode)
+    schedule = TargetSparsity(wrapped, target, steps=100, freeze=True)
+    for _ in range(130):
+        wrapped.zero_grad()
+        (layer(torch.randn(8, 4)) - torch.linspace(0, 1, 10)).square().mean().backward()
+        wrapped.step()
+        schedule.step()
+    assert wrapped.zeros_are_frozen
+    assert len(penalty.zero_groups()["weight"]) == zeros
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_few_nonzero_weights_are_as_many_as_asked_for(seed):
+    torch.manual_seed(seed)
+    layer = nn.Linear(700, 500)
+    wrapped = RegularizedOptimizer(momentum(layer), L0(layer, 1e-4), "dual")
+    schedule = TargetSparsity(wrapped, 0.998, steps=20, freeze=True)
+    for _ in range(21):
+        layer.weight.grad = 0.01 * torch.randn(500, 700)
+        wrapped.step()
+        schedule.step()
+    assert int(layer.weight.count_nonzero()) == pytest.approx(0.002 * layer.weight.numel(), rel=0.08)
+
+
 def test_a_resumed_schedule_does_not_freeze_twice():
     model = linear(40, 100)
     wrapped = RegularizedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), L1(model, 1e-3), "dual")

@@ -20,11 +20,12 @@ from .ramps import checked_count, scale_lambdas
 
 __all__ = ["TargetSparsity"]
 
-# Of TargetSparsity: the least number of readings in a ramp, up to one each MOST steps; the elements, or groups, that a
-# reading takes, which tell the fraction of zeros to 0.3, or 0.6 points; how far from the target counts as reached; the
-# part of the steps since a restart that pass without a reading; what a prox may round off.
+# Of TargetSparsity: the least number of readings in a ramp, up to one each MOST steps; the least number of elements, or
+# groups, that a reading takes, which tell the fraction of zeros to 0.3, or 0.6 points; how many of them stay nonzero,
+# at least, which tells the number of nonzeros to 3%; how far from the target counts as reached; the part of the steps
+# since a restart that pass without a reading; what a prox may round off.
 READINGS, MOST = 100, 20
-ELEMENTS, GROUPS = 1 << 15, 1 << 13
+ELEMENTS, GROUPS, NONZEROS = 1 << 15, 1 << 13, 1000
 CLOSE = 0.005
 RECENT = 10
 ROUNDING = 1e-4
@@ -203,7 +204,7 @@ class TargetSparsity:
             change = min(max(change, 1 / most), most)
         self._set(self.factor * change)
         zeros = int(torch.searchsorted(factors, change, right=True))
-        self._reached = step >= self.steps and zeros >= (self.target - CLOSE) * count
+        self._reached = step >= self.steps and zeros >= round(self.target * count) - CLOSE * count
         self.last_reading, self.next_reading = step, self._after(step)
 
     def _after(self, step: int) -> int:
@@ -220,7 +221,8 @@ class TargetSparsity:
         """`zero_factors` of a sample, sorted, on the CPU."""
         terms = self._penalty.terms()
         if terms is not self._strided[0]:
-            self._strided = terms, stride_for(by_tensor(terms), ELEMENTS, GROUPS)
+            least = int(NONZEROS / (1 - self.target))
+            self._strided = terms, stride_for(by_tensor(terms), max(ELEMENTS, least), max(GROUPS, least))
         stride = self._strided[1]
         take = partial(sampled, stride=stride, start=self.last_step)
         work = ((terms, step) for terms, step in self.optimizer.before_prox(take) if any(map(makes_zeros, terms)))

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -199,6 +200,21 @@ def test_lambda_zero_freezes_too():
     optimizer.freeze_zeros()
     train_on_batches(model, optimizer, 5)
     assert all(map(torch.equal, zeros(model), before))
+
+
+def test_a_layer_that_is_entirely_zero_is_named_in_a_warning():
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
+    optimizer = RegularizedOptimizer(optim.SGD(model.parameters(), lr=0.1), L1(model, 1e-6), "proximal")
+    backward(model, 0)
+    optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.freeze_zeros()
+    optimizer.unfreeze_zeros()
+    nn.init.zeros_(model[2].weight)
+    with pytest.warns(UserWarning, match=r"of '2\.weight' are zero and stay zero.*unfreeze_zeros") as caught:
+        optimizer.freeze_zeros()
+    assert caught[0].filename == __file__
 
 
 def test_biases_and_a_group_that_comes_later_are_free():

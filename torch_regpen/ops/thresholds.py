@@ -47,7 +47,7 @@ def stride_for(work: Iterable[list[Term]], elements: int, groups: int) -> int:
     stride = max(sum(counts) // (groups if by_group else elements), 1)  # type: ignore[arg-type]
     shapes = math.lcm(*(size for terms in work for size in terms[0].tensor.shape if size))
     while not by_group and math.gcd(stride, shapes) > 1:
-        stride += 1
+        stride -= 1
     return stride
 
 

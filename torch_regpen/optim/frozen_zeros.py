@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import warnings
 from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any
 
@@ -67,10 +68,28 @@ class FrozenZeros:
         """Whether zeros are currently frozen."""
         return any(FROZEN in group for group in self._optimizer.param_groups)
 
-    def start(self) -> None:
-        """Mark the zeros as frozen in the param_groups."""
+    def start(self, work: list[list[Term]]) -> None:
+        """Freeze the zeros of all terms of each tensor in `work`; warn about tensors that are zero everywhere."""
+        for terms in work:
+            self.freeze(terms)
         for group in self._optimizer.param_groups:
             group[FROZEN] = True
+        names = self._entirely_held(work)
+        if names:
+            warnings.warn(
+                f"all penalized weights of {', '.join(names)} are zero and stay zero, so nothing passes through them. "
+                "If that is not wanted, call unfreeze_zeros() and lower lambda or the target, or exclude them; behind "
+                "BatchNorm, penalize units with groups=Coupled(model, example_inputs)",
+                stacklevel=4,
+            )
+
+    def _entirely_held(self, work: list[list[Term]]) -> list[str]:
+        """The names of the parameters whose elements are all held; one synchronization with the device."""
+        parameters = [(name, w, self._survivors(w)) for terms in work for name, w in terms[0].named_parameters]
+        held = [(name, w, mask) for name, w, mask in parameters if mask is not None and not mask.is_meta]
+        alive = [max_over_ranks([(largest(local(mask)), w)]) for _, w, mask in held]
+        flags = torch.stack([some.to(alive[0].device) for some in alive]).tolist() if alive else []
+        return [repr(name) for (name, _, _), some in zip(held, flags, strict=True) if not some]
 
     def freeze(self, terms: list[Term]) -> None:
         """Hold the zeros of the parameters of some terms, and set their optimizer state to zero.

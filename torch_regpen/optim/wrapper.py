@@ -163,11 +163,8 @@ class RegularizedOptimizer(WrappingOptimizer):
             [[0.0, 0.5]]
         """
         owned = owned_ids(self)
-        for applied in self._freezable():
-            for terms in by_tensor(applied.penalty.terms(frozen=True)):
-                if all(id(parameter) in owned for _, parameter in terms[0].named_parameters):
-                    self._zeros.freeze(terms)
-        self._zeros.start()
+        work = [terms for applied in self._freezable() for terms in by_tensor(applied.penalty.terms(frozen=True))]
+        self._zeros.start([w for w in work if all(id(parameter) in owned for _, parameter in w[0].named_parameters)])
 
     def unfreeze_zeros(self) -> None:
         """Undo `freeze_zeros`: all weights may change, and the penalty is on again."""

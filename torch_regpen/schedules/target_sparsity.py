@@ -203,7 +203,7 @@ class TargetSparsity:
             most = FASTEST ** (CHANGES * (step - max(self.last_reading, self.restart)) / self.steps)
             change = min(max(change, 1 / most), most)
         self._set(self.factor * change)
-        zeros = int(torch.searchsorted(factors, change, right=True))
+        zeros = int((factors <= change).sum())
         self._reached = step >= self.steps and zeros >= round(self.target * count) - CLOSE * count
         self.last_reading, self.next_reading = step, self._after(step)
 
@@ -218,7 +218,7 @@ class TargetSparsity:
         return min(regular, step + max((step - self.restart) // RECENT, 1))
 
     def _zero_factors(self) -> Tensor:
-        """`zero_factors` of a sample, sorted, on the CPU."""
+        """`zero_factors` of a sample, on the CPU."""
         terms = self._penalty.terms()
         if terms is not self._strided[0]:
             least = int(NONZEROS / (1 - self.target))
@@ -226,13 +226,14 @@ class TargetSparsity:
         stride = self._strided[1]
         take = partial(sampled, stride=stride, start=self.last_step)
         work = ((terms, step) for terms, step in self.optimizer.before_prox(take) if any(map(makes_zeros, terms)))
-        return zero_factors(work).cpu().sort().values
+        return zero_factors(work).cpu()
 
     def _count(self, factors: Tensor) -> int:
         """Of how many the target is a fraction: of all, where it can be reached."""
         count = len(factors)
-        reachable = int(torch.searchsorted(factors, math.inf))
-        if self.target * count <= reachable or reachable == 0 or factors[reachable - 1] == 0:
+        finite = factors < math.inf
+        reachable = int(finite.sum())
+        if self.target * count <= reachable or not (finite & (factors > 0)).any():
             return count
         if not self._warned:
             self._warned = True
@@ -246,15 +247,16 @@ class TargetSparsity:
 
 
 def _between(factors: Tensor, count: int) -> float | None:
-    """The least factor, but for rounding, at which `count` of sorted ones are reached and the next is not.
+    """The least factor, but for rounding, at which `count` of them are reached and the next is not.
 
     Where more than these are 0, it is below the first that is not. None where there is none to go by.
     """
-    low = float(factors[count - 1]) if count else 0.0
-    high = float(factors[count]) if count < len(factors) else math.inf
+    # Two order statistics take a tenth of the time of sorting.
+    low = float(factors.kthvalue(count).values) if count else 0.0
+    high = float(factors.kthvalue(count + 1).values) if count < len(factors) else math.inf
     if high == 0:
-        positive = int(torch.searchsorted(factors, 0.0, right=True))
-        high = float(factors[positive]) if positive < len(factors) else math.inf
+        positive = factors[factors > 0]
+        high = float(positive.min()) if len(positive) else math.inf
     if low == math.inf or (low == 0 and high == math.inf):
         return None
     return min(low * (1 + ROUNDING), (low + high) / 2) if low else high / 2

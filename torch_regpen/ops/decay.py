@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import functional as F
+from ..functional import magnitudes, soft_threshold
 from . import foreach
 from .batches import JointBatch, TensorBatch
 from .chunks import Scalar, joined, split_like, zip_chunks
@@ -66,7 +66,7 @@ def decay_where_inward_(batch: TensorBatch, step: Scalar, updates: Sequence[Comb
             w = joined(ws)
             inward = _combined(factors, [joined(part) for part in parts]).mul_(w.sign()).sign_().add_(1).clamp_max_(1)
             v = w * _shrink_factor(step, quadratic) if quadratic else w
-            v = F.soft_threshold(v, step * linear) if linear else v
+            v = soft_threshold(v, step * linear) if linear else v
             # At 0 and 1, lerp is w and v to the last bit; where() takes ten times as long on a random mask.
             x = w.lerp_(v, inward.to(w.dtype))
             if len(ws) > 1:
@@ -94,7 +94,7 @@ def decayed(terms: list[Term], step: Scalar, factors: Sequence[Scalar] = (), *te
     if len(terms) == 1 and is_scalar(step):
         term = terms[0]
         t = step * term.scaled_lam
-        v = F.prox(lambda u: _descend(u, t, term.penalty), term.offset(w), term.grouping)
+        v = magnitudes.prox(lambda u: _descend(u, t, term.penalty), term.offset(w), term.grouping)
         v = v if term.center is None else v + term.center
         return v if outward is None else torch.where(outward[0], w, v)
     grads = [term.grad(w) for term in terms]

@@ -48,45 +48,25 @@ class WeightLogger:
     Call `step()` after each `optimizer.step()`, before the gradients are cleared. At step 0 and every `every` steps it
     writes, for each penalized parameter (of a bare model: for each parameter),
 
-    - `weights/NAME`: a histogram of its finite elements;
-    - `nonzero/NAME`: a histogram of those that are not zero, which shows the survivors where most weights are zero;
+    - `weights/NAME`: a histogram of the finite elements, and `nonzero/NAME`: of those that are not zero;
     - `sparsity/NAME`: the fraction of its elements that are exactly zero, from 0 to 1;
-    - `flipped/NAME`: the fraction of its elements that have become zero, or ceased to be, since the last logging step;
+    - `flipped/NAME`: the fraction that have become zero, or ceased to be, since the last logging step (the last zeros
+      are stored on the device, one bit for each element);
     - `dead_groups/NAME`: the fraction of its groups whose elements are all zero: the groups of the penalty (of a sum:
-      of the first part that has groups); else, for 2 dimensions or more, the output units: neurons, filters, rows of an
-      embedding;
-    - `multiplier/NAME`, given a `RegularizedOptimizer` that has a prox: what multiplied lambda in the last prox; its
-      median over a sample, where it differs by element. It is the optimizer's own step for a unit gradient, and in the
-      mode `"dual"` the sum of all steps so far;
+      of the first part that has groups); else, for 2 dimensions or more, the output units;
+    - `multiplier/NAME`, given a `RegularizedOptimizer` with a prox: what multiplied lambda in the last prox (its median
+      over a sample): the optimizer's own step for a unit gradient, in mode "dual" the sum of all steps so far;
     - `nonfinite/NAME`: how many elements are NaN or infinite, where there are any.
 
-    Over all these parameters it writes `sparsity/total`; the same as `all/sparsity`, which TensorBoard shows first;
-    `flipped/total`; and `norm/l1` and `norm/l2` of the finite elements. Of a penalty it writes `penalty/value`, what
-    `penalty()` returns, and `penalty/lam`, or `penalty/lam/0`, `penalty/lam/1`, ... where it has several parameter
-    groups or is a sum. If `step()` is given the loss or the stationarity, it writes `penalty/ratio` or
-    `penalty/stationarity`. Of an `ActivityPenalty` it writes `penalty/value`, `penalty/lam` and, unless lambda is 0,
-    `penalty/activity`, the value divided by lambda.
+    Over all these parameters it writes `sparsity/total` (also `all/sparsity`, which TensorBoard shows first),
+    `flipped/total`, and `norm/l1` and `norm/l2` of the finite elements. Of a penalty it writes `penalty/value`, what
+    `penalty()` returns, and `penalty/lam`, with several parameter groups or parts `penalty/lam/0`, `penalty/lam/1`, ...
+    Of an `ActivityPenalty` it also writes `penalty/activity`, the value divided by lambda, unless lambda is 0.
 
-    If the penalty has a center, an element that is exactly at its center counts as zero, and `nonzero/NAME` is of the
-    differences from the center.
-
-    The bins are symmetric about zero and logarithmic in `|w|`, 8 for each factor of 2, down to the smallest number of
-    the dtype. Exact zeros have a bin of their own, of width 0. The first and the last bin end where the weights end.
-    Complex weights are counted by modulus. (TensorBoard draws every histogram in 30 bins of equal width.)
-
-    The zeros of the last logging step are kept on the device of each parameter, in one bit for each element: 1/32 of
-    the memory of float32 weights.
-
-    TensorBoard's page "Custom Scalars" has the lines of all parameters in one chart. The layout of that page is written
-    at the first logging step. TensorBoard reads the first layout of a run: call `writer.add_custom_scalars` before, to
-    have your own.
-
-    To resume a run, pass the step, `logger.step(global_step)`, and open the writer with `purge_step=global_step`. For
-    several writers, make a logger for each.
-
-    `penalty.stationarity()` needs the gradient of the plain loss at the current weights. After `optimizer.step()` the
-    weights have changed, and `.grad` may hold the penalty's part. So take it right after `backward()` of the plain
-    loss, of all data if possible, and pass it to `step()`.
+    With a center, an element at its center counts as zero, and `nonzero/NAME` is of the differences from the center.
+    Complex weights are counted by modulus. The bins are symmetric about zero and logarithmic, 8 for each factor of 2;
+    exact zeros have a bin of width 0. (TensorBoard draws every histogram in 30 bins of equal width.) The page "Custom
+    Scalars" has all parameters in one chart; `writer.add_custom_scalars`, called before, replaces its layout.
 
     Args:
         writer: a `torch.utils.tensorboard.SummaryWriter`, or anything with its `add_scalar` and `add_histogram_raw`;
@@ -94,29 +74,21 @@ class WeightLogger:
         penalty_or_model: the penalty whose parameters are logged, a `RegularizedOptimizer`, for its penalty, an
             `ActivityPenalty`, or a model.
         every: the number of steps from one logging step to the next, 1 or more.
-        select: which parameters of a model to log, as a penalty takes it: `"weights"`, `"all"`, a glob or a list of
-            globs on the qualified name, or a callable `(name, parameter) -> bool`; None means all.
+        select: which parameters of a model to log, as a penalty takes it; None means all.
 
     Raises:
         TypeError: an argument is none of these.
         ValueError: `every` is less than 1; `select` matches nothing, or is given with a penalty.
 
     Example:
-        >>> import tempfile
-        >>> import torch
+        >>> import tempfile, torch
         >>> from torch.utils.tensorboard import SummaryWriter
-        >>> from torch_regpen import L1, RegularizedOptimizer
-        >>> from torch_regpen.tensorboard import WeightLogger
+        >>> from torch_regpen import L1, WeightLogger
         >>> model = torch.nn.Linear(10, 1)
-        >>> optimizer = RegularizedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), L1(model, 0.1), "proximal")
         >>> with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
-        ...     logger = WeightLogger(writer, optimizer, every=10)
+        ...     logger = WeightLogger(writer, L1(model, 0.1), every=10)
         ...     for _ in range(100):
-        ...         optimizer.zero_grad()
-        ...         loss = model(torch.randn(32, 10)).square().mean()
-        ...         loss.backward()
-        ...         optimizer.step()
-        ...         logger.step(loss=loss)
+        ...         logger.step()  # after optimizer.step()
     """
 
     def __init__(
@@ -162,6 +134,10 @@ class WeightLogger:
         stationarity: float | Tensor | None = None,
     ) -> None:
         """Write, if `global_step` is a multiple of `every`.
+
+        To resume a run, pass `global_step`, and open the writer with `purge_step=global_step`. `penalty.stationarity()`
+        needs the gradient of the plain loss at the current weights: take it right after `backward()`, of all data if
+        possible, since `optimizer.step()` changes the weights, and may add the penalty to `.grad`.
 
         Args:
             global_step: the number of this step; None: one more than the last, and 0 at first.

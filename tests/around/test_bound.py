@@ -475,6 +475,31 @@ def test_a_target_sparsity_beside_a_bound_is_refused():
     TargetSparsity(optimizer, 0.5, steps=100).step()
 
 
+def test_a_second_bound_replaces_the_first_which_can_no_longer_step():
+    expected, model = network(), network()
+    run(expected, *bounded(expected, 0.02), 4)
+    optimizer, old = bounded(model, 0.001)  # a cell of a notebook that is run again leaves such a one
+    new = Bound(optimizer, 0.02)
+    run(model, optimizer, new, 2)
+    state = old.state_dict()
+    for refused in (old.step, lambda: old.load_state_dict(state)):
+        with pytest.raises(RuntimeError, match=r"another Bound has replaced .* newer one only"):
+            refused()
+    run(model, optimizer, new, 2, start=2)
+    assert_same(model, expected)
+
+
+def test_bounds_of_two_penalties_leave_each_other_alone():
+    model = network()
+    optimizers = [RegularizedOptimizer(sgd(part), L2(part, 1.0), "decoupled") for part in (model[:1], model[2:])]
+    bounds = [Bound(optimizer, 0.01) for optimizer in optimizers]
+    for i in range(3):
+        set_gradients(model, i)
+        for step in (*optimizers, *bounds):
+            step.step()
+    assert all(x > 0 for bound in bounds for x in bound.multipliers.values())
+
+
 def test_without_its_multipliers_a_penalty_is_what_it_was():
     model = network()
     penalty = L1(model, 0.5)

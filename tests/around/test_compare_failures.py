@@ -15,8 +15,10 @@ from torch import nn
 from torch.optim import SGD, Adam
 
 import torch_regpen
-from torch_regpen import L1, L2, MCP, RegularizedOptimizer
+from torch_regpen import L0, L1, L2, MCP, RegularizedOptimizer
 from torch_regpen.compare import Comparison, Failure, compare
+from torch_regpen.groups import NM
+from torch_regpen.schedules import TargetSparsity
 
 pytestmark = pytest.mark.filterwarnings("ignore:the chosen lambda is at an end")
 
@@ -255,6 +257,22 @@ def test_a_lambda_chosen_at_the_end_of_the_grid_warns(best, lams, message, recwa
     for warning in found:
         assert re.search(message, str(warning.message))
         assert warning.filename == __file__
+
+
+METHODS_WITHOUT_LAM = {
+    "N:M": (partial(L0, groups=NM(1, 2), select="*0.weight"), "proximal"),
+    "target": (L1, "dual", {"schedule": partial(TargetSparsity, target=0.5, steps=4)}),
+}
+
+
+@pytest.mark.parametrize("name", METHODS_WITHOUT_LAM)
+def test_where_lambda_means_nothing_no_end_of_the_grid_warns(name, recwarn):
+    methods = {name: METHODS_WITHOUT_LAM[name], "L1": (L1, "proximal")}
+    comparison = compare(methods, [0.01, 0.1], **SETUP | {"score": lambda *_: {"validation": 0.0, "test": 0.0}})
+    assert len({trial.zeros for trial in comparison.trials if trial.method == name}) == 1
+    (found,) = [str(warning.message) for warning in recwarn if "at an end of lams" in str(warning.message)]
+    assert "'L1' 0.1 (largest)" in found
+    assert repr(name) not in found
 
 
 def test_that_there_will_be_no_intervals_is_said_before_training(monkeypatch):

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import lr_scheduler as schedulers
 
 from torch_regpen import L1, L2, GroupLasso, RegularizedOptimizer
+from torch_regpen.groups import Coupled
 
 LAM = 0.01
 
@@ -277,6 +278,62 @@ def test_no_rate_reads_a_tensor_lr(rate):
     with Reads() as expected:
         bare.step()
     assert reads.found == expected.found
+
+
+# Units over several tensors, which may be in param_groups of their own
+
+
+def in_two_groups(lrs, penalty, cautious=False, **options):
+    """A layer whose weight and bias are the units, in two param_groups."""
+    model = network(sizes=(5, 6, 3), dtype=torch.float64)
+    coupled = penalty(model, 0.1, groups=Coupled(model, torch.zeros(1, 5).double()))
+    groups = [{"params": [p], "lr": lr} for p, lr in zip(model[0].parameters(), lrs, strict=True)]
+    inner = torch.optim.SGD(groups, lr=0.1, foreach=False)
+    return model, RegularizedOptimizer(inner, coupled, "decoupled", cautious=cautious, **options)
+
+
+@pytest.mark.parametrize("tensor", [False, True], ids=["floats", "tensors"])
+@pytest.mark.parametrize("cautious", [False, True])
+@pytest.mark.parametrize("penalty", [L2, GroupLasso])
+def test_each_tensor_of_a_unit_decays_at_its_own_rate(penalty, cautious, tensor):
+    rates = (0.5, 4.0)
+    lrs = [torch.tensor(lr, dtype=torch.float64) for lr in rates] if tensor else rates
+    model, optimizer = in_two_groups(lrs, penalty, cautious)
+    w = torch.cat([model[0].weight, model[0].bias[:, None]], dim=1).detach()
+    set_gradients(model, 0)
+    g = torch.cat([model[0].weight.grad, model[0].bias.grad[:, None]], dim=1)
+    optimizer.step()
+    rate = torch.tensor([rates[0]] * 5 + [rates[1]]).double()
+    slope = {L2: 2 * w, GroupLasso: 6**0.5 * w / w.norm(dim=1, keepdim=True)}[penalty]
+    decayed = w - rate * 0.1 * slope * ((g * w >= 0) if cautious else 1)
+    decayed[decayed * w < 0] = 0
+    assert (decayed == 0).any() == (penalty is not L2)
+    found = torch.cat([model[0].weight, model[0].bias[:, None]], dim=1)
+    torch.testing.assert_close(found.detach(), decayed - rate * g, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("rate", ["lr", "schedule", lambda optimizer, group: group["lr"] * 2])
+@pytest.mark.parametrize("penalty", [L2, GroupLasso])
+def test_equal_learning_rates_of_a_unit_may_be_tensors(penalty, rate):
+    found = []
+    for lrs in ((0.5, 0.5), (torch.tensor(0.5).double(), torch.tensor(0.5).double())):
+        model, optimizer = in_two_groups(lrs, penalty, rate=rate)
+        steps(model, optimizer)
+        found.append(model)
+    assert_same(*found, 1e-12)
+
+
+@pytest.mark.parametrize("rate", ["lr", "schedule", lambda optimizer, group: group["lr"] * 2])
+def test_no_rate_compares_learning_rates_that_are_tensors(rate):
+    """A comparison would wait for the device."""
+    model, optimizer = in_two_groups([torch.tensor(0.5), torch.tensor(0.5)], GroupLasso, rate=rate)
+    set_gradients(model, 0)
+    found = []
+    for step in (optimizer.optimizer.step, optimizer.step):
+        with Reads() as reads:
+            step()
+        found.append(reads.found)
+    assert found[0] == found[1]
 
 
 def test_a_callable_rate_gets_the_wrapped_optimizer_and_each_group_once():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.problems import LAMBDA_MAX, diabetes
+from scipy.optimize import minimize
 from sklearn.linear_model import ElasticNet as ElasticNetSolver
 from torch import nn, optim
 
@@ -77,6 +78,28 @@ def test_a_decoupled_decay_acts_on_the_visible_weights():
         np.testing.assert_allclose(residual[alive], -LAM * np.sign(ends[mode][alive]), atol=5e-3)
         assert (np.abs(residual[~alive]) <= LAM).all()
     np.testing.assert_allclose(ends["dual"], ends["proximal"], atol=5e-3)
+
+
+@pytest.mark.parametrize("mode", ["proximal", "dual"])
+def test_the_decay_of_adamw_beside_l1_ends_at_a_known_optimum(mode):
+    """At rest Adam divides by `|g|`, so `g + DECAY*|g|*w + LAM*sign(w) = 0`, where `|g| = LAM / (1 - DECAY*|w|)`.
+
+    This is the slope of `-LAM/DECAY * log(1 - DECAY*|w|)`, so the optimum is that of loss + this penalty.
+    """
+    problem, decay = diabetes(), 1.0
+    inner = optim.AdamW(problem.model.parameters(), lr=0.01, betas=(0.9, 0.98), weight_decay=decay)
+    found = solve(problem, RegularizedOptimizer(inner, L1(problem.model, LAM), mode), 1000, 1)
+
+    def value(parts):
+        """Of the positive and the negative parts of the weights."""
+        above, below = parts.reshape(2, 10)
+        return problem.loss((above - below)[None]) - LAM / decay * np.log(1 - decay * (above + below)).sum()
+
+    best = minimize(value, np.full(20, 0.01), bounds=[(0, 0.45)] * 20, tol=1e-14, options={"maxfun": 10**5})
+    np.testing.assert_allclose(found, best.x[:10] - best.x[10:], atol=1e-5)
+    end, elastic_net = (value(np.stack([w, -w]).clip(min=0)) for w in (found, net(problem, LAM, decay)))
+    assert end <= best.fun * (1 + 1e-9)
+    assert elastic_net > best.fun * 1.001
 
 
 def test_adafactor_at_its_default_lr_finds_the_proximal_solution():

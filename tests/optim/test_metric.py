@@ -65,9 +65,22 @@ def test_without_momentum_it_is_exact_from_the_first_step(name, steps):
         before = w.detach().clone()
         optimizer.step()
     size = torch.as_tensor(own_step(optimizer, w).size).double()
-    # Adafactor's step depends on the size of the weights, which are no longer those before the step
-    rtol = 1e-4 if name == "Adafactor" else 1e-5
-    torch.testing.assert_close(before - w.detach(), (size * w.grad).expand_as(w), rtol=rtol, atol=1e-12)
+    torch.testing.assert_close(before - w.detach(), (size * w.grad).expand_as(w), rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"maximize": True}, {"weight_decay": 0.3}, {"eps": (None, 2.0)}])
+@pytest.mark.parametrize("shape", [(3, 4), (4,)])
+def test_adafactor_steps_in_units_of_the_weights_before_the_update(shape, options):
+    """Its updates are in proportion to the norm of the weights, which an update of this size changes by much."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
+    optimizer = optim.Adafactor([w], lr=0.3, **options)
+    for _ in range(4):
+        w.grad = torch.randn(shape, dtype=torch.float64, generator=generator)
+        before = w.detach() * (1 - 0.3 * options.get("weight_decay", 0.0))
+        optimizer.step()
+        moved = own_step(optimizer, w).size * w.grad * (-1 if "maximize" in options else 1)
+        torch.testing.assert_close(before - w.detach(), moved, rtol=1e-6, atol=0)
 
 
 def test_that_of_asgd_falls_with_the_steps():

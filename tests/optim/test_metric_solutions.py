@@ -73,6 +73,27 @@ def test_it_is_the_lasso_under_every_optimizer(diabetes, name, mode):
     np.testing.assert_allclose(found, diabetes[-1], atol=1e-3)
 
 
+@pytest.mark.parametrize("mode", ["proximal", "dual"])
+def test_adafactor_rests_at_the_lasso_at_a_constant_lr(diabetes, mode):
+    found, objective, stationarity = lasso(diabetes, OPTIMIZERS["Adafactor"], mode, steps=900, decayed=1)
+    assert objective == pytest.approx(OBJECTIVES[10], rel=1e-11)
+    assert stationarity < 1e-6
+    np.testing.assert_allclose(found, diabetes[-1], atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["proximal", "dual"])
+def test_adafactor_shrinks_elements_far_from_its_moments_of_rank_one(mode):
+    """Of a diagonal gradient they are about its mean square: the update of the diagonal is 14 times lr times scale."""
+    torch.manual_seed(0)
+    target = torch.eye(200) + 0.002 * torch.randn(200, 200)
+    w = (0.5 * torch.eye(200)).requires_grad_()
+    optimizer = RegularizedOptimizer(optim.Adafactor([w], lr=0.03), L1([w], 0.1), mode)
+    for _ in range(300):
+        w.grad = w.detach() - target
+        optimizer.step()
+    torch.testing.assert_close(w.detach(), torch.nn.functional.softshrink(target, 0.1), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["RMSprop", "Adagrad", "Adadelta", "Adamax"])
 def test_with_lr_as_the_step_it_is_another_problem(diabetes, name):
     kw = {"steps": 500, "decayed": 400, "metric": "euclidean"}

@@ -19,7 +19,7 @@ from .board import Board, write_summary
 from .methods import Lams, MethodLike, checked_lams, checked_methods, checked_seeds
 from .results import Comparison
 from .resume import FinishedTrainings
-from .training import Experiment, Fit, Score, attempt, attempts
+from .training import Experiment, Fit, Prepared, Score, attempt, attempts
 from .trials import Failure, Job, Trial
 
 __all__ = ["compare"]
@@ -106,12 +106,11 @@ def compare(
     board = None if logdir is None else Board(File(logdir), experiment.methods)
     for seed in seeds:
         experiment.dataset(seed)
-    for name, lams_of_method in grids.items():
-        _try_out(experiment, name, lams_of_method[-1], seeds[0])
+    using_lam = {name for name, grid in grids.items() if _try_out(experiment, name, grid[-1], seeds[0]).uses_lam}
     jobs = [(name, lam, seed) for name in grids for lam in grids[name] for seed in seeds]
     finished = None if resume is None else FinishedTrainings(File(resume), experiment, seeds)
     done, failures = _train(experiment, jobs, finished, n_jobs, progress)
-    chosen = _chosen(grids, seeds, done)
+    chosen = _chosen(grids, seeds, done, using_lam)
 
     comparison = Comparison([done[job] for job in jobs if job in done], chosen, {}, failures)
     last: Iterable[tuple[str, float]] = list(chosen.items())
@@ -132,13 +131,14 @@ def _warn_without_scipy() -> None:
         warn('without SciPy the table will have no intervals: pip install "torch_regpen[examples]"')
 
 
-def _try_out(experiment: Experiment, name: str, lam: float, seed: int) -> None:
-    """Raise what a method's penalty, its optimizer and `score` raise, before any training."""
+def _try_out(experiment: Experiment, name: str, lam: float, seed: int) -> Prepared:
+    """What a training starts from; raises what a penalty, its optimizer and `score` raise, before any training."""
     start = experiment.prepare(name, lam, seed)
     if name == "plain":
         experiment.evaluate(start.model, experiment.dataset(seed))
     if start.in_loss and isinstance(start.penalty, Penalty) and (value := start.penalty()).requires_grad:
         value.backward()
+    return start
 
 
 def _train(
@@ -169,7 +169,9 @@ def _train(
     return done, failures
 
 
-def _chosen(grids: Mapping[str, list[float]], seeds: list[int], done: Mapping[Job, Trial]) -> dict[str, float]:
+def _chosen(
+    grids: Mapping[str, list[float]], seeds: list[int], done: Mapping[Job, Trial], using_lam: set[str]
+) -> dict[str, float]:
     """The lambda of each method that has a finished training, by the one-standard-error rule."""
     chosen = {}
     at_end = []
@@ -189,7 +191,7 @@ def _chosen(grids: Mapping[str, list[float]], seeds: list[int], done: Mapping[Jo
             warn(f"{name!r} has a validation score of NaN at each lambda: the smallest is shown")
             chosen[name] = candidates[0]
             continue
-        if len(grid) > 1 and chosen[name] in (grid[0], grid[-1]) and chosen[name] > 0:
+        if name in using_lam and len(grid) > 1 and chosen[name] in (grid[0], grid[-1]) and chosen[name] > 0:
             end = "smallest" if chosen[name] == grid[0] else "largest"
             at_end.append(f"{name!r} {chosen[name]:g} ({end})")
     if at_end:

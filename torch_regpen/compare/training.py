@@ -18,15 +18,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..export import dead_units
+from ..groups import NM
 from ..optim.modes import MODES
 from ..optim.wrapper import RegularizedOptimizer
 from ..penalties.activity import ActivityPenalty
 from ..penalties.base import Penalty
+from ..schedules import TargetSparsity
 from ..tensorboard import WeightLogger
 from .methods import Method
 from .trials import Failure, Job, Scores, Trial, weights_of
 
-__all__ = ["Experiment", "Fit", "Score", "attempt", "attempts"]
+__all__ = ["Experiment", "Fit", "Prepared", "Score", "attempt", "attempts"]
 
 Fit = Callable[[nn.Module, Optimizer, Callable[[], Tensor | float], Any], object]
 Score = Callable[[nn.Module, Any], Scores]
@@ -46,6 +48,14 @@ class Prepared(NamedTuple):
     def watched(self) -> Penalty | nn.Module:
         """Whose weights are counted: the penalty's, or, where it penalizes activations, the model's."""
         return self.penalty if isinstance(self.penalty, Penalty) else self.model
+
+    @property
+    def uses_lam(self) -> bool:
+        """Whether lambda makes a difference: not to N:M groups, nor where a `TargetSparsity` sets it."""
+        if isinstance(self.schedule, TargetSparsity):
+            return False
+        terms = self.penalty.terms() if isinstance(self.penalty, Penalty) else []
+        return not terms or any(not isinstance(term.grouping, NM) for term in terms)
 
 
 @dataclass

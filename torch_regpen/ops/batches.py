@@ -15,7 +15,7 @@ from ..distributed.shards import local
 from ..groups.grouping import working_dtype
 from . import compiled, foreach
 from .chunks import batch_indices, joined, spread_scalars
-from .step import Step, adaptive
+from .step import Step, adaptive, same_number
 from .terms import Joint, Term, by_tensor, coefficients, gathered
 
 __all__ = ["JointBatch", "TensorBatch", "as_one_tensor", "batches", "is_packed"]
@@ -138,15 +138,14 @@ class JointBatch(TensorBatch):
         changes = [step.max_change for step in steps if step.max_change is not None]
         max_change = None if not changes else _largest(changes)
         if not any(step.by_element for step in steps):
-            if all(step.numerator is first.numerator or _equal(step.numerator, first.numerator) for step in steps):
+            if all(same_number(step.numerator, first.numerator) for step in steps):
                 return first
             if any(term.penalty.coefficients is None for term in self.terms):
                 raise ValueError(
                     f"the tensors of the units of {self.terms[0].name!r} have different learning rates; the prox of "
                     f"{type(self.terms[0].penalty).__name__} over groups has no closed form if steps differ by "
-                    "coordinate; use the same learning rate for them"
+                    "coordinate; use the same learning rate for them: a number, or the same tensor"
                 )
-        sizes = [_expanded(step.size, w) for step, w in zip(steps, self.tensors, strict=True)]
         unseen = None
         if any(step.unseen is not None for step in steps):
             masks = [
@@ -154,7 +153,11 @@ class JointBatch(TensorBatch):
                 for step, w in zip(steps, self.tensors, strict=True)
             ]
             unseen = self.joint.gather(masks)
-        return Step(self.joint.gather(sizes), max_change, unseen)
+        return Step(self.spread([step.size for step in steps]), max_change, unseen)
+
+    def spread(self, sizes: Sequence[float | Tensor]) -> Tensor:
+        """The matrix of a number, a 0-dim tensor or a tensor of its shape for each tensor."""
+        return self.joint.gather([_expanded(size, w) for size, w in zip(sizes, self.tensors, strict=True)])
 
 
 def batches(
@@ -205,11 +208,6 @@ def _largest(changes: list[float | Tensor]) -> float | Tensor:
     if like is None:
         return max(changes)
     return torch.stack([torch.as_tensor(change, dtype=like.dtype, device=like.device) for change in changes]).amax()
-
-
-def _equal(a: float | Tensor, b: float | Tensor) -> bool:
-    """Whether two numbers are equal; False for tensors, because comparing them would synchronize with the device."""
-    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
 
 
 def is_packed(batch: TensorBatch) -> bool:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import functional as F
+from ..functional import magnitudes, soft_threshold
 from . import foreach
 from .batches import JointBatch, TensorBatch
 from .chunks import Scalar, joined, split_like, zip_chunks
 from .sharded import on_local_shards
+from .step import is_scalar
 from .terms import Term, TermPenalty, chunked_terms
 
 __all__ = ["Combination", "decay_", "decay_where_inward_"]
@@ -20,13 +21,18 @@ Combination = list[tuple[Scalar, Tensor]]  # a sum of tensors, each with its coe
 
 
 def decay_(batch: TensorBatch, step: Scalar) -> None:
-    """The decoupled subgradient step of the terms of each tensor, in place; see `decayed`."""
+    """The decoupled subgradient step of the terms of each tensor, in place; see `decayed`.
+
+    Args:
+        batch: the tensors.
+        step: the step size; for a joint batch, it may be a tensor of the shape of the matrix.
+    """
     if isinstance(batch, JointBatch):
         matrix = batch.matrix()
         decay_(matrix, step)
         batch.scatter_(matrix.tensors[0])
         return
-    if batch.has_fused_prox:
+    if batch.has_fused_prox and is_scalar(step):
         linear, quadratic = batch.coefficients
         if quadratic:
             foreach.mul_(batch.tensors, _shrink_factor(step, quadratic))
@@ -34,8 +40,8 @@ def decay_(batch: TensorBatch, step: Scalar) -> None:
             foreach.soft_threshold_(batch.tensors, step * linear)
         return
     for terms in batch.each:
-        for some, _ in chunked_terms([term for term in terms if not term.inactive]):
-            some[0].tensor.copy_(decayed(some, step))
+        for some, take in chunked_terms([term for term in terms if not term.inactive]):
+            some[0].tensor.copy_(decayed(some, take(step)))
 
 
 def decay_where_inward_(batch: TensorBatch, step: Scalar, updates: Sequence[Combination]) -> None:
@@ -43,7 +49,7 @@ def decay_where_inward_(batch: TensorBatch, step: Scalar, updates: Sequence[Comb
 
     Args:
         batch: the tensors.
-        step: the step size.
+        step: the step size; see `decay_`.
         updates: for each tensor a combination with the sign of its update `u`, where the update is `w -= u`.
     """
     if isinstance(batch, JointBatch):
@@ -52,7 +58,7 @@ def decay_where_inward_(batch: TensorBatch, step: Scalar, updates: Sequence[Comb
         decay_where_inward_(matrix, step, [[(1.0, batch.joint.gather(totals))]])
         batch.scatter_(matrix.tensors[0])
         return
-    if batch.has_fused_prox and len({len(update) for update in updates}) == 1:
+    if batch.has_fused_prox and is_scalar(step) and len({len(update) for update in updates}) == 1:
         linear, quadratic = batch.coefficients
         factors = [factor for factor, _ in updates[0]]  # those of all tensors of a param_group in the same state
         columns = [[update[i][1] for update in updates] for i in range(len(factors))]
@@ -60,7 +66,7 @@ def decay_where_inward_(batch: TensorBatch, step: Scalar, updates: Sequence[Comb
             w = joined(ws)
             inward = _combined(factors, [joined(part) for part in parts]).mul_(w.sign()).sign_().add_(1).clamp_max_(1)
             v = w * _shrink_factor(step, quadratic) if quadratic else w
-            v = F.soft_threshold(v, step * linear) if linear else v
+            v = soft_threshold(v, step * linear) if linear else v
             # At 0 and 1, lerp is w and v to the last bit; where() takes ten times as long on a random mask.
             x = w.lerp_(v, inward.to(w.dtype))
             if len(ws) > 1:
@@ -69,12 +75,14 @@ def decay_where_inward_(batch: TensorBatch, step: Scalar, updates: Sequence[Comb
     for terms, update in zip(batch.each, updates, strict=True):
         factors = [factor for factor, _ in update]
         for some, take in chunked_terms([term for term in terms if not term.inactive]):
-            some[0].tensor.copy_(decayed(some, step, factors, *(take(x) for _, x in update)))
+            some[0].tensor.copy_(decayed(some, take(step), factors, *(take(x) for _, x in update)))
 
 
 @on_local_shards
 def decayed(terms: list[Term], step: Scalar, factors: Sequence[Scalar] = (), *tensors: Tensor) -> Tensor:
     """`w - step * (subgradient of the terms)`, in which no element (group) crosses zero: it stops there.
+
+    With several terms, or a step for each element, each element stops by itself.
 
     If `factors` and `tensors` of an update are given, elements whose update points away from the center stay.
     """
@@ -83,10 +91,10 @@ def decayed(terms: list[Term], step: Scalar, factors: Sequence[Scalar] = (), *te
     if factors:
         total = _combined(factors, tensors)
         outward = [~_inward(total, term.offset(w)) for term in terms]
-    if len(terms) == 1:
+    if len(terms) == 1 and is_scalar(step):
         term = terms[0]
         t = step * term.scaled_lam
-        v = F.prox(lambda u: _descend(u, t, term.penalty), term.offset(w), term.grouping)
+        v = magnitudes.prox(lambda u: _descend(u, t, term.penalty), term.offset(w), term.grouping)
         v = v if term.center is None else v + term.center
         return v if outward is None else torch.where(outward[0], w, v)
     grads = [term.grad(w) for term in terms]

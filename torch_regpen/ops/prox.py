@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import functional as F
+from ..functional import magnitudes, soft_threshold
 from ..groups.grouping import Elements, working_dtype
 from ..groups.nm import NM
 from ..groups.norms import NormGrouping
@@ -133,7 +133,7 @@ def prox(terms: list[Term], step: float | Tensor, max_change: float | Tensor | N
         if isinstance(term.grouping, NM):
             v = term.grouping.project(x, t)
         else:
-            v = F.prox(lambda u: term.penalty.rho_prox(u, t), x, term.grouping)
+            v = magnitudes.prox(lambda u: term.penalty.rho_prox(u, t), x, term.grouping)
             v = clip_change(x, v, max_change, term.grouping)
         return v if term.center is None else v + term.center
     v = w.to(torch.promote_types(w.dtype, working_dtype(w.dtype)))
@@ -145,7 +145,7 @@ def prox(terms: list[Term], step: float | Tensor, max_change: float | Tensor | N
         v = v - center
     thresholds = [term.scaled_lam * term.linear for term in linear if not term.grouped]
     if thresholds:
-        v = F.soft_threshold(v, step * sum(thresholds))
+        v = soft_threshold(v, step * sum(thresholds))
     if center is not None and not grouped:
         v, center = v + center, None
     x = w if center is None else w - center
@@ -195,7 +195,7 @@ def _prox_grouped(terms: list[Any], v: Tensor, step: float | Tensor) -> Tensor:
         x, s = grouping.view(v), grouping.view(step)
         return _block_soft_threshold(x, s * radius, grouping).reshape(v.shape)
     t = step * lam
-    return F.prox(lambda u: (u - t).clamp_min(0), v, grouping)
+    return magnitudes.prox(lambda u: (u - t).clamp_min(0), v, grouping)
 
 
 def _block_soft_threshold(x: Tensor, r: Tensor, grouping: NormGrouping) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .chunks import Slicer
 
-__all__ = ["Step", "adaptive", "is_scalar"]
+__all__ = ["Step", "adaptive", "is_scalar", "same_number"]
 
 
 @dataclass(slots=True, eq=False)
@@ -89,3 +89,8 @@ def _stacked(xs: list[Tensor]) -> Tensor:
 def is_scalar(x: float | Tensor) -> bool:
     """Whether it is a number or a 0-dim tensor."""
     return not isinstance(x, Tensor) or x.ndim == 0
+
+
+def same_number(a: float | Tensor, b: float | Tensor) -> bool:
+    """Whether two are equal; of two tensors, whether they are one, since comparing values waits for the device."""
+    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)

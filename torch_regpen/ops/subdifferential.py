@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import functional as F
+from ..functional import soft_threshold
 from ..groups.grouping import largest, working_dtype
 from .sharded import ShardedTerms
 from .terms import Term
@@ -50,7 +50,7 @@ def distance(terms: list[Term], grad: Tensor) -> Tensor:
             slack = slack + torch.where(term.offset(w) == 0, at_zero, 0)
     if any(term.penalty.positive for term in terms):
         residual = torch.where(w == 0, residual.clamp_min(0), residual)
-    residual = F.soft_threshold(residual, slack)
+    residual = soft_threshold(residual, slack)
     grouped = [term for term in terms if term.grouped]
     if not grouped:
         return largest(residual.abs())

@@ -17,7 +17,7 @@ from ..ops.closed_forms import check_prox
 from ..ops.decay import Combination, decay_, decay_where_inward_
 from ..ops.gradient import add_grad_, check_grad
 from ..ops.prox import prox_
-from ..ops.step import Step, adaptive
+from ..ops.step import Step, adaptive, same_number
 from ..ops.terms import Term, sliced
 from ..ops.value import total_value
 from . import dual_averaging
@@ -157,18 +157,18 @@ class Decoupled(Mode):
                 w.sub_(old).add_(new)
 
     def _rate_of(self, batch: TensorBatch, rates: dict[int, float | Tensor]) -> float | Tensor:
-        """The rate of the param_groups of a batch; `rates` collects them by param_group."""
+        """The rate of the param_groups of a batch; `rates` collects them by param_group.
+
+        If the tensors of a joint batch have different rates, it is a tensor of the shape of their matrix.
+        """
         owners = batch.owners if isinstance(batch, JointBatch) else [batch.group]
         for group in owners:
             if id(group) not in rates:
                 rates[id(group)] = self.decay.factor(self.optimizer, group)
-        rate = rates[id(batch.group)]
-        if any(rates[id(group)] is not rate and rates[id(group)] != rate for group in owners):
-            raise ValueError(
-                f"the tensors of the units of {batch.terms[0].name!r} have different learning rates, by which the "
-                "decoupled mode cannot shrink them together; use mode='proximal' or one learning rate"
-            )
-        return rate
+        each = [rates[id(group)] for group in owners]
+        if not isinstance(batch, JointBatch) or all(same_number(rate, each[0]) for rate in each):
+            return each[0]
+        return batch.spread(each)
 
 
 class Proximal(Mode):

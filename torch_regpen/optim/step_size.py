@@ -141,7 +141,7 @@ def _adadelta(parameter: Tensor, state: State, group: Group) -> Step:
     return Step(size, _max_change(group), v == 0)
 
 
-def _adafactor(parameter: Tensor, state: State, group: Group) -> Step:
+def _adafactor(parameter: Any, state: State, group: Group) -> Step:
     smallest, least_scale = group["eps"]
     smallest = torch.finfo(parameter.dtype).eps if smallest is None else smallest
     if parameter.ndim > 1:
@@ -151,10 +151,32 @@ def _adafactor(parameter: Tensor, state: State, group: Group) -> Step:
         v = state["variance"].clone()
     unseen = v == 0
     size = v.clamp_min_(smallest**2).rsqrt_()
-    rms = torch.linalg.vector_norm(size * parameter.grad) / parameter.numel() ** 0.5
-    scale = torch.linalg.vector_norm(parameter) / parameter.numel() ** 0.5
-    lr = torch.minimum(state["step"] ** -0.5, torch.as_tensor(group["lr"])) * scale.clamp_min(least_scale)
-    return Step(size.mul_(lr / (rms / group["d"]).clamp_min(1)), 10 * lr, unseen)
+    u: Any = size * (-parameter.grad if group["maximize"] else parameter.grad)
+    rms = _rms(u)
+    lr = torch.minimum(state["step"] ** -0.5, torch.as_tensor(group["lr"]))
+    clip = (rms / group["d"]).clamp_min(1).reciprocal()
+    decay = 1 - group["lr"] * group["weight_decay"]
+    lr = lr * _rms_before(parameter, u, rms, lr * clip, decay).clamp_min(least_scale)
+    # v has rank one: where it is far below the squared gradient, the optimizer moves an element by far more than lr.
+    max_change = 10 * lr * (clip * largest(u.abs())).clamp_min(1)
+    return Step(size.mul_(lr * clip), max_change, unseen)
+
+
+def _rms(x: Tensor) -> Tensor:
+    rms: Tensor = torch.linalg.vector_norm(x) / x.numel() ** 0.5
+    return rms
+
+
+def _rms_before(w: Tensor, u: Tensor, rms: Tensor, factor: Tensor, decay: Any) -> Tensor:
+    """The root mean square `r` of a parameter before an update that made it `w = decay * before - factor * r * u`.
+
+    It is the root of `|decay * r|^2 = mean((w + factor * r * u)^2)`. With that of `w` in its place, the prox would take
+    another step than the update, and the fixed point would not be the optimum.
+    """
+    along = factor * (w * u).mean()
+    rest = (decay**2 - (factor * rms).square()).clamp_min(torch.finfo(rms.dtype).tiny)
+    before: Tensor = (along + (along.square() + rest * _rms(w).square()).sqrt()) / rest
+    return before
 
 
 def _updates(state: State) -> Tensor:

@@ -75,7 +75,8 @@ class RegularizedOptimizer(WrappingOptimizer):
         zeroing_penalty: the sum of the penalties in mode "proximal" or "dual"; None if there are none.
 
     Raises:
-        TypeError: `optimizer` is not an optimizer, or is already wrapped; `penalty` is not a penalty.
+        TypeError: `optimizer` is not an optimizer, or is already wrapped; `penalty` is not a penalty; `cautious` or
+            `compile` is not a bool.
         ValueError: unknown `mode`, `metric` or `rate`; a `rate` or `cautious` without a penalty in mode "decoupled"; a
             penalty given twice, on parameters that the optimizer does not own, or without the gradient or the proximal
             map that its mode needs.

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional as F
 from ..distributed.reductions import max_over_ranks
 from ..distributed.shards import full_tensor
+from ..functional import magnitudes
 from ..groups.grouping import Elements, Grouping, working_dtype
 from ..ops.batches import TensorBatch
 from ..ops.closed_forms import check_prox
@@ -100,11 +100,11 @@ class Penalty(PenalizedParameters):
 
     def omega(self, x: Tensor, grouping: Grouping, factor: float | Tensor) -> Tensor:
         """`factor * Omega(x)` for one tensor, as a 0-dim tensor."""
-        return F.value(self.rho, x, grouping, factor)
+        return magnitudes.value(self.rho, x, grouping, factor)
 
     def omega_grad(self, x: Tensor, grouping: Grouping, factor: float | Tensor) -> Tensor:
         """The (sub)gradient of `omega`, with the shape of `x`; differentiable."""
-        return F.grad(self.rho_grad, x, grouping, factor)
+        return magnitudes.grad(self.rho_grad, x, grouping, factor)
 
     def has_grad(self) -> bool:
         """Whether the penalty has a gradient that an optimizer can use."""

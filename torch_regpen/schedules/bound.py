@@ -38,7 +38,8 @@ class Bound:
 
     Call `step()` after each step of the optimizer. If some parameters have a gradient, the multipliers of those without
     one rest, as their weights do; while zeros are frozen, those of the penalties that are off rest. Without further
-    steps the penalties keep the multipliers; `penalty.multipliers = {}` removes them.
+    steps the penalties keep the multipliers; `penalty.multipliers = {}` removes them. A penalty has one Bound: a new
+    one replaces the multipliers, and the old one can no longer step.
 
     Args:
         optimizer: a `RegularizedOptimizer` without mode "dual".
@@ -111,6 +112,7 @@ class Bound:
         self.rate = float(rate)
         self.last_step = 0
         self._state: list[dict[str, dict[str, Tensor]]] = [{} for _ in optimizer.penalty.parts]
+        self._attached = [part.multipliers for part in optimizer.penalty.parts]  # those of a former Bound are replaced
         self._attach(frozen=True)
 
     @property
@@ -121,7 +123,11 @@ class Bound:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Move the multipliers, after `optimizer.step()`."""
+        """Move the multipliers, after `optimizer.step()`.
+
+        Raises:
+            RuntimeError: a Bound that was constructed later has replaced the multipliers.
+        """
         self.last_step += 1
         self._attach()
         if self.last_step < self.warmup or (self.last_step == self.warmup and self.bound != "warmup"):
@@ -178,7 +184,13 @@ class Bound:
 
     def _attach(self, frozen: bool = False) -> None:
         """Give each tensor of the penalties, as they are now, its multiplier."""
-        for part, states in zip(self.optimizer.penalty.parts, self._state, strict=True):
+        for i, (part, states) in enumerate(zip(self.optimizer.penalty.parts, self._state, strict=True)):
+            attached = part.multipliers
+            if attached and attached is not self._attached[i]:
+                raise RuntimeError(
+                    "another Bound has replaced the multipliers of this one: a penalty has one Bound. Call step() of "
+                    "the newer one only"
+                )
             for terms in by_tensor(part.terms(frozen=frozen)):
                 w = terms[0].named_parameters[0][1]
                 state = states.get(terms[0].name)
@@ -186,11 +198,11 @@ class Bound:
                     states[terms[0].name] = self._new_state(terms, w)
                 elif state["multiplier"].device != w.device:
                     states[terms[0].name] = {key: x.to(w.device) for key, x in state.items()}
-            attached = part.multipliers
             if attached.keys() != states.keys() or any(
                 attached[name] is not state["multiplier"] for name, state in states.items()
             ):
                 part.multipliers = {name: state["multiplier"] for name, state in states.items()}
+            self._attached[i] = part.multipliers
 
     def _new_state(self, terms: list[Term], w: Tensor) -> dict[str, Tensor]:
         zero = torch.zeros((), dtype=working_dtype(w.dtype), device=w.device)

@@ -24,6 +24,16 @@ class LamScheduler:
 
     Raises:
         ValueError: a lambda is 0.
+
+    Example:
+        >>> import torch
+        >>> from torch_regpen import L1
+        >>> from torch_regpen.schedules import LamScheduler
+        >>> penalty = L1([torch.ones(2)], lam=0.1)
+        >>> schedule = LamScheduler(penalty, lambda step: 0.5**step)
+        >>> schedule.step()
+        >>> penalty.lam
+        0.05
     """
 
     def __init__(self, penalty: Penalty, fn: Callable[[int], float]) -> None:
@@ -59,7 +69,24 @@ class LamScheduler:
 
 
 class LinearRamp(LamScheduler):
-    """`lam = base * min(step/steps, 1)`: from 0 to the penalty's lambda in a line."""
+    """`lam = base * min(step/steps, 1)`: from 0 to the penalty's lambda in a line.
+
+    Args:
+        penalty: a penalty, or a sum of them.
+        steps: the number of steps until lambda is that of the penalty, 1 or more.
+
+    Raises:
+        ValueError: a lambda is 0; `steps` is not a whole number of 1 or more.
+
+    Example:
+        >>> import torch
+        >>> from torch_regpen import L1
+        >>> from torch_regpen.schedules import LinearRamp
+        >>> penalty = L1([torch.ones(2)], lam=1.0)
+        >>> schedule = LinearRamp(penalty, steps=4)
+        >>> [round(penalty.lam, 3) for _ in range(6) if schedule.step() is None]
+        [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    """
 
     def __init__(self, penalty: Penalty, steps: int) -> None:
         steps = checked_count("steps", steps)
@@ -67,7 +94,24 @@ class LinearRamp(LamScheduler):
 
 
 class CosineRamp(LamScheduler):
-    """`lam = base * (1 - cos(pi * min(step/steps, 1))) / 2`: from 0 to the penalty's lambda, flat at both ends."""
+    """`lam = base * (1 - cos(pi * min(step/steps, 1))) / 2`: from 0 to the penalty's lambda, flat at both ends.
+
+    Args:
+        penalty: a penalty, or a sum of them.
+        steps: the number of steps until lambda is that of the penalty, 1 or more.
+
+    Raises:
+        ValueError: a lambda is 0; `steps` is not a whole number of 1 or more.
+
+    Example:
+        >>> import torch
+        >>> from torch_regpen import L1
+        >>> from torch_regpen.schedules import CosineRamp
+        >>> penalty = L1([torch.ones(2)], lam=1.0)
+        >>> schedule = CosineRamp(penalty, steps=4)
+        >>> [round(penalty.lam, 3) for _ in range(6) if schedule.step() is None]
+        [0.146, 0.5, 0.854, 1.0, 1.0, 1.0]
+    """
 
     def __init__(self, penalty: Penalty, steps: int) -> None:
         steps = checked_count("steps", steps)

@@ -70,6 +70,18 @@ class TargetSparsity:
         TypeError: `optimizer` is no `RegularizedOptimizer`.
         ValueError: it is in another mode; `target`, `steps` or `every` is out of range; a lambda is 0; the penalty
             zeroes nothing, has N:M groups, which fix the fraction, or has the multipliers of a `Bound`.
+
+    Example:
+        >>> import torch
+        >>> from torch_regpen import L1, RegularizedOptimizer, TargetSparsity
+        >>> w = torch.linspace(0, 1, 100).requires_grad_()
+        >>> optimizer = RegularizedOptimizer(torch.optim.SGD([w], lr=0.1), L1([w], lam=1.0), "dual")
+        >>> schedule = TargetSparsity(optimizer, 0.8, steps=20)
+        >>> for _ in range(20):
+        ...     w.grad = torch.zeros(100)
+        ...     _ = optimizer.step(), schedule.step()
+        >>> optimizer.penalty.sparsity()
+        tensor(0.8000)
     """
 
     _STATE = ("base", "factor", "last_step", "last_reading", "next_reading", "restart", "froze")

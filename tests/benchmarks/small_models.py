@@ -44,7 +44,11 @@ def steps() -> Iterator[tuple[str, str, Callable[[], object]]]:
         for kind, (penalty, modes) in KINDS.items():
             for mode in modes:
                 model = mlp()
-                yield f"{kind}, {mode}", column, RegularizedOptimizer(make(model.parameters()), penalty(model, 1e-6), mode).step
+                yield (
+                    f"{kind}, {mode}",
+                    column,
+                    RegularizedOptimizer(make(model.parameters()), penalty(model, 1e-6), mode).step,
+                )
 
 
 def seconds(job: Callable[[], object]) -> float:

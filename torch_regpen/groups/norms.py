@@ -52,8 +52,7 @@ class NormGrouping(Grouping):
     def _magnitudes(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Return the view of `w` and the magnitude of each group, which broadcasts to the view."""
         x = self.view(w)
-        size = math.prod([x.shape[d] for d in self.dims(x.ndim)]) if self.scale else 1
-        return x, self.norm(x) / math.sqrt(max(size, 1))
+        return x, self.norm(x) / math.sqrt(self.count(w.shape))
 
     def scale_(self, w: Tensor, change: Callable[[Tensor], Tensor]) -> None:
         """Change the magnitude of each group from `u` to `change(u)`, in place. `view(w)` must not copy."""

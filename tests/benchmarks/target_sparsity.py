@@ -3,18 +3,18 @@
     python tests/benchmarks/target_sparsity.py
     python tests/benchmarks/target_sparsity.py --models R --device cuda
 
-One thread; jobs interleaved, medians over the rounds. The models are those of speed.py: shapes alone.
+One thread; jobs interleaved, medians over the rounds, in processor time. The models are those of speed.py: shapes
+alone.
 """
 
 import argparse
-import time
 import warnings
 from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 import torch
-from speed import MODELS
+from speed import MODELS, seconds
 from torch import nn
 
 from torch_regpen import L0, L1, GroupLasso, LogSum, RegularizedOptimizer
@@ -45,15 +45,6 @@ def reading(ps: list[nn.Parameter], kind: Any, mode: str, inner: torch.optim.Opt
         schedule._read()
 
     return read
-
-
-def seconds(job: Callable[[], object], device: str) -> float:
-    """What one call takes."""
-    start = time.perf_counter()
-    job()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def main() -> None:

@@ -20,8 +20,10 @@ from .terms import Joint, Term, by_tensor, coefficients, gathered
 
 __all__ = ["JointBatch", "TensorBatch", "as_one_tensor", "batches", "is_packed"]
 
+GRAD = attrgetter("grad")
 
-@dataclass(slots=True, eq=False)
+
+@dataclass(eq=False)
 class TensorBatch:
     """One tensor with all its terms, or several tensors with the same uniform terms, processed together.
 
@@ -29,20 +31,23 @@ class TensorBatch:
         each: the terms of each tensor.
         tensors: the tensors.
         group: the param_group of the optimizer that owns the tensors; empty outside an optimizer.
-        grads: the gradients of the tensors; only set in the result of `with_grads`.
         compiled: whether operations go through torch.compile where they can.
     """
 
     each: list[list[Term]]
     tensors: list[Tensor]
     group: dict[str, Any]
-    grads: list[Tensor] = field(default_factory=list)
     compiled: bool = field(default=False, kw_only=True)
 
     @property
     def terms(self) -> list[Term]:
         """The terms of the first tensor. The terms of the other tensors differ from these only in the tensor."""
         return self.each[0]
+
+    @property
+    def grads(self) -> list[Tensor]:
+        """The gradients of the tensors, all of which have one."""
+        return list(map(GRAD, self.tensors))
 
     @property
     def elementwise(self) -> bool:
@@ -91,16 +96,12 @@ class TensorBatch:
         return replace(self, each=[self.each[i] for i in indices], tensors=[self.tensors[i] for i in indices])
 
     def with_grads(self) -> TensorBatch | None:
-        """The batch of the tensors that have a gradient, with `grads` set; None if no tensor has one."""
-        grads = list(map(attrgetter("grad"), self.tensors))
-        if not any(grad is None for grad in grads):
-            return replace(self, grads=grads)
-        each = [terms for terms, grad in zip(self.each, grads, strict=True) if grad is not None]
-        tensors = [terms[0].tensor for terms in each]
-        return replace(self, each=each, tensors=tensors, grads=[g for g in grads if g is not None]) if each else None
+        """The batch of the tensors that have a gradient; None if no tensor has one."""
+        having = [i for i, grad in enumerate(map(GRAD, self.tensors)) if grad is not None]
+        return self.subset(having) if having else None
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class JointBatch(TensorBatch):
     """Several tensors with groups that span them (see `Joint`).
 
@@ -115,9 +116,8 @@ class JointBatch(TensorBatch):
     owners: list[dict[str, Any]] = field(kw_only=True)
 
     def with_grads(self) -> JointBatch | None:
-        """The batch with `grads` set; None unless all tensors have a gradient."""
-        grads = [w.grad for w in self.tensors if w.grad is not None]
-        return replace(self, grads=grads) if len(grads) == len(self.tensors) else None
+        """The batch itself; None unless all tensors have a gradient."""
+        return None if any(grad is None for grad in map(GRAD, self.tensors)) else self
 
     def matrix(self) -> TensorBatch:
         """The batch of the gathered matrix, a copy of the weights; differentiable."""
@@ -226,9 +226,8 @@ def as_one_tensor(batch: TensorBatch, steps: Sequence[Step]) -> tuple[TensorBatc
         step = steps[0]
     elif (fused := adaptive(steps)) is not None:
         moments, numerators, eps, max_change = fused
-        moment = joined(moments)
-        size = moment.sqrt().add_(spread_scalars(eps, batch.tensors))
-        step = Step(spread_scalars(numerators, batch.tensors).div(size), max_change, moment == 0)
+        numerators, eps = (spread_scalars(x, batch.tensors) if x.ndim else x for x in (numerators, eps))
+        step = Step(numerators, max_change, moment=joined(moments), eps=eps)
     else:
         sizes = [_expanded(step.size, w) for step, w in zip(steps, batch.tensors, strict=True)]
         unseen = [step.unseen for step in steps if step.unseen is not None]

@@ -165,7 +165,9 @@ def buffer_like(x: Tensor, buffer: Tensor | None) -> Tensor | None:
 
 
 def spread_scalars(xs: Tensor, ws: Sequence[Tensor]) -> Tensor:
-    """An element for each tensor of a pack, as one for each of theirs, `joined`."""
+    """An element for each tensor of a pack, as one for each of theirs, `joined`; of a single tensor, 0-dim."""
+    if len(ws) == 1:
+        return xs[0]
     if xs.device.type == "cpu":  # elsewhere the sizes would have to be copied to the device
         sizes = [w.numel() for w in ws]
         return xs.repeat_interleave(torch.tensor(sizes, device="cpu"), output_size=sum(sizes))

@@ -71,7 +71,7 @@ def soft_threshold_each_(
     if views is None:
         foreach.soft_threshold_each_(ws, moments, numerators, eps, max_change)
     else:
-        run(kernels.soft_threshold_each_, *views, numerators[0], eps[0], scalar(max_change))
+        run(kernels.soft_threshold_each_, *views, numerators, eps, scalar(max_change))
         increment_version(ws[0])
 
 
@@ -101,7 +101,7 @@ def threshold_latent_each_(
         foreach.threshold_latent_each_(ws, gaps, sums, moments, numerators, eps, max_change, lam)
     else:
         most = scalar(max_change / lam)
-        run(kernels.threshold_latent_each_, *views, numerators[0], eps[0], most, scalar(lam))
+        run(kernels.threshold_latent_each_, *views, numerators, eps, most, scalar(lam))
         increment_version(ws[0])
 
 

@@ -116,7 +116,7 @@ def soft_threshold_(ws: Sequence[Tensor], t: Scalar) -> None:
 def threshold_latent_(ws: Sequence[Tensor], gaps: Sequence[Tensor], ts: Tensor) -> None:
     """With `z = w + gap`: `w = sign(z) * max(|z| - t, 0)` and `gap = z - w`, an element of `ts` for each tensor."""
     ws, gaps = local_shards(ws), local_shards(gaps)
-    t = ts[0] if len(ws) == 1 else spread_scalars(ts, ws)
+    t = spread_scalars(ts, ws)
     for some_ws, some_gaps in zip_chunks(ws, gaps):
         _threshold_latent_(some_ws, some_gaps, t)
 
@@ -140,8 +140,8 @@ def threshold_latent_each_(
         gaps: of their shapes.
         sums: of their shapes.
         moments: of their shapes.
-        numerators: an element for each tensor.
-        eps: an element for each tensor, not 0 where the numerator is.
+        numerators: an element for each tensor, or 0-dim.
+        eps: likewise, not 0 where the numerator is.
         max_change: the most that one step adds to a threshold.
         lam: more than 0.
     """
@@ -150,7 +150,7 @@ def threshold_latent_each_(
     most, buffer = max_change / factor, None
     for run in half_chunks(ws):
         some = ws[run]
-        numerator, e = (x[run][0] if len(some) == 1 else spread_scalars(x[run], some) for x in (numerators, eps))
+        numerator, e = (spread_scalars(x[run], some) if x.ndim else x for x in (numerators, eps))
         for piece in zip_chunks(some, gaps[run], sums[run], moments[run]):
             some_ws, some_gaps, some_sums, some_moments = piece
             s, moment = joined(some_sums), joined_wide(some_moments)
@@ -173,14 +173,14 @@ def soft_threshold_each_(
     Args:
         ws: the tensors.
         moments: of their shapes.
-        numerators: an element for each tensor.
-        eps: an element for each tensor, not 0 where the numerator is.
+        numerators: an element for each tensor, or 0-dim.
+        eps: likewise, not 0 where the numerator is.
         max_change: the largest threshold.
     """
     ws, buffer = local_shards(ws), None
     for run in half_chunks(ws):
         some = ws[run]
-        numerator, e = (x[run][0] if len(some) == 1 else spread_scalars(x[run], some) for x in (numerators, eps))
+        numerator, e = (spread_scalars(x[run], some) if x.ndim else x for x in (numerators, eps))
         for some_ws, some_moments in zip_chunks(some, moments[run]):
             moment = joined_wide(some_moments)
             buffer = buffer_like(moment, buffer)

@@ -18,11 +18,11 @@ class Step:
     """The step that an optimizer takes for a unit gradient: `numerator`, or `numerator / (sqrt(moment) + eps)`.
 
     Attributes:
-        numerator: a number, a 0-dim tensor, or a tensor of the parameter's shape; 0-dim beside a moment.
+        numerator: a number, a 0-dim tensor, or a tensor of the parameter's shape; beside a moment a tensor.
         max_change: the largest change of an element in one step, for optimizers that normalize their steps; else None.
         no_gradient_yet: for each element whether it has had no gradient yet, where the optimizer keeps that.
         moment: the second moment, of the parameter's shape; its root is taken only when `size` is read.
-        eps: beside a moment: 0-dim, not 0.
+        eps: beside a moment: 0-dim or of the parameter's shape, not 0.
     """
 
     numerator: float | Tensor
@@ -69,12 +69,15 @@ class Step:
     def sliced(self, take: Slicer) -> Step:
         """The step of the slice of the parameter that `take` takes."""
         if self.moment is not None:
-            return replace(self, moment=take(self.moment))
+            return replace(self, numerator=take(self.numerator), moment=take(self.moment), eps=take(self.eps))
         return replace(self, numerator=take(self.numerator), no_gradient_yet=take(self.no_gradient_yet))
 
 
 def adaptive(steps: Sequence[Step]) -> tuple[list[Tensor], Tensor, Tensor, float | Tensor] | None:
-    """The moments, the numerators and the eps of steps that all have a moment, and their `max_change`; else None."""
+    """The moments, the numerators and the eps of steps that all have a moment, and their `max_change`; else None.
+
+    A numerator or eps that all have in common is 0-dim; else there is an element for each step.
+    """
     moments = [step.moment for step in steps if step.moment is not None]
     if len(moments) < len(steps):
         return None
@@ -83,7 +86,7 @@ def adaptive(steps: Sequence[Step]) -> tuple[list[Tensor], Tensor, Tensor, float
 
 
 def _stacked(xs: list[Tensor]) -> Tensor:
-    return xs[0].unsqueeze(0) if len(xs) == 1 else torch.stack(xs)
+    return xs[0] if all(x is xs[0] for x in xs) else torch.stack(xs)
 
 
 def is_scalar(x: float | Tensor) -> bool:

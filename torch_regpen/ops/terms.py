@@ -241,7 +241,12 @@ def gathered(terms: list[Term]) -> list[Term]:
 
 def coefficients(terms: list[Term]) -> tuple[float, float]:
     """`(a, b)` such that the sum of some elementwise terms on one tensor is `sum (a*|w| + b*w^2)`; lambda included."""
-    return sum(term.lam * term.linear for term in terms), sum(term.lam * term.quadratic for term in terms)
+    linear = quadratic = 0.0
+    for term in terms:
+        lam = term.lam
+        linear += lam * term.linear
+        quadratic += lam * term.quadratic
+    return linear, quadratic
 
 
 def chunked_terms(terms: list[Term], times: int = 1) -> Iterator[tuple[list[Term], Slicer]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -15,10 +16,10 @@ from ..ops.terms import Term, gathered, sliced
 from ..penalties.base import Penalty
 from ..utils import warn
 from .decay_rate import Decay
-from .modes import MODES, Proximal
+from .modes import MODES, Mode, Proximal
 from .step_size import Metric, differs_by_coordinate, sets_its_own_step, unsupported_reason
 
-__all__ = ["AppliedPenalty"]
+__all__ = ["Active", "AppliedPenalty"]
 
 
 class AppliedPenalty:
@@ -149,3 +150,18 @@ class AppliedPenalty:
                     "AdamW is much weaker at the same lambda; to get it, give the L2 a mode of its own: "
                     "[(L2(model, lam), 'decoupled'), ...]"
                 )
+
+
+@dataclass(slots=True)
+class Active:
+    """The parameters that have a gradient in a step.
+
+    Attributes:
+        batches: all of them.
+        shrinking: the modes that are not turned off by `freeze_zeros`, each with its parameters.
+        frozen: those whose zeros are held.
+    """
+
+    batches: list[TensorBatch] = field(default_factory=list)
+    shrinking: list[tuple[Mode, list[TensorBatch]]] = field(default_factory=list)
+    frozen: list[TensorBatch] = field(default_factory=list)

@@ -28,7 +28,7 @@ from ..ops.sharded import on_local_shards
 from ..ops.step import Step, adaptive
 from ..ops.terms import Term, chunked_terms
 
-__all__ = ["GAP", "STEPS", "average_", "counted", "drop_others", "latent_terms", "make_gap", "reset"]
+__all__ = ["GAP", "STEPS", "average_", "counted", "drop_others", "latent_terms", "make_gaps", "reset"]
 
 GAP = "gap"
 STEPS = "gap_steps"
@@ -36,17 +36,22 @@ STEPS = "gap_steps"
 State = dict[str, Any]
 
 
-def make_gap(parameter: Tensor, state: State, step: Step) -> None:
-    """Put a gap of 0 and no steps into the state of a parameter, where there are none that fit."""
-    real = working_dtype(parameter.dtype)
-    if GAP not in state:
-        state[GAP] = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, real))
-        state[STEPS] = torch.zeros((), dtype=real, device=parameter.device)
-    for name, dtype in ((GAP, torch.promote_types(parameter.dtype, real)), (STEPS, real)):
-        if state[name].dtype != dtype or state[name].device != parameter.device:  # of a model that was cast, or moved
-            state[name] = state[name].to(parameter.device, dtype)
-    if step.by_element:
-        _spread_steps(parameter, state)
+def make_gaps(parameters: Sequence[Tensor], states: Sequence[State], steps: Sequence[Step]) -> None:
+    """Put a gap of 0 and no steps into the state of each parameter, where there are none that fit."""
+    dtype, device = None, None
+    for parameter, state, step in zip(parameters, states, steps, strict=True):
+        if parameter.dtype is not dtype or parameter.device != device:  # once for tensors that are alike
+            dtype, device = parameter.dtype, parameter.device
+            real = working_dtype(dtype)
+            wide = torch.promote_types(dtype, real)
+        if GAP not in state:
+            state[GAP] = torch.zeros_like(parameter, dtype=wide)
+            state[STEPS] = torch.zeros((), dtype=real, device=device)
+        gap, sums = state[GAP], state[STEPS]
+        if gap.dtype != wide or sums.dtype != real or gap.device != device or sums.device != device:
+            state[GAP], state[STEPS] = gap.to(device, wide), sums.to(device, real)  # of a model that was cast, or moved
+        if not sums.ndim and step.by_element:
+            _spread_steps(parameter, state)
 
 
 def _spread_steps(parameter: Tensor, state: State) -> None:
@@ -124,7 +129,7 @@ def _average_groups_(terms: list[Term], gap: Tensor, sums: Tensor, step: Step) -
     fused = adaptive([step])
     if fused is None or step.max_change is None or not is_group_lasso(terms, gap, sums, *fused[0]):
         return False
-    (moment,), (numerator,), (eps,), max_change = fused
+    (moment,), numerator, eps, max_change = fused
     most = numerator / max_change
     buffers: list[Tensor | None] = [None, None, None]
     for part in group_chunks(terms[0], gap, sums, moment):

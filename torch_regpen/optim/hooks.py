@@ -74,15 +74,16 @@ def updated(
             finished = True
             finish()
 
-    leave_handle = optimizer.register_step_post_hook(leave)
-    optimizer._optimizer_step_post_hooks.move_to_end(leave_handle.id, last=False)  # type: ignore[attr-defined]
-    handles = [leave_handle, optimizer.register_step_pre_hook(enter), optimizer.register_step_post_hook(last)]
+    # A handle of register_step_post_hook would take longer than the rest of this function.
+    before: Any = optimizer._optimizer_step_pre_hooks
+    after: Any = optimizer._optimizer_step_post_hooks
+    before[enter], after[leave], after[last] = enter, leave, last
+    after.move_to_end(leave, last=False)
     try:
         result = optimizer.step(*args)
         moved = True
     finally:
-        for handle in handles:
-            handle.remove()
+        del before[enter], after[leave], after[last]
         if moved and not finished:
             finish()
     return result

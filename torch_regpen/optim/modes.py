@@ -8,6 +8,7 @@ from itertools import groupby, islice
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -29,7 +30,7 @@ __all__ = ["MODES", "Mode"]
 
 
 class Mode(ABC):
-    """One way to apply a penalty in a step; all methods get the parameters that have a gradient, without autograd."""
+    """One way to apply a penalty in a step; all methods get the parameters that have a gradient."""
 
     wants_lr = True
 
@@ -61,17 +62,23 @@ class Coupled(Mode):
 
     wants_lr = False
 
+    def __init__(self, optimizer: Optimizer, metric: Metric, decay: Decay) -> None:
+        super().__init__(optimizer, metric, decay)
+        self._added: list[tuple[list[Tensor], list[Tensor]]] = []  # tensors, and the gradients that were added to
+
     def check(self, batch: TensorBatch) -> None:
         check_grad(batch.terms)
         if hasattr(self.optimizer, "noise_multiplier"):
             raise ValueError(self._overwrites())
 
     def after_backward(self, active: list[TensorBatch]) -> None:
+        self._added = []
         active = [batch for batch in active if not batch.inactive]
         for batch in active:
+            grads = batch.grads
             if any(getattr(w, "grad_sample", None) is not None for w in batch.tensors):
                 raise ValueError(self._overwrites())
-            if any(map(attrgetter("is_sparse"), batch.grads)):
+            if any(map(attrgetter("is_sparse"), grads)):
                 name = next(
                     name
                     for terms in batch.each
@@ -82,14 +89,16 @@ class Coupled(Mode):
                     f"the gradient of {name!r} is sparse, and the penalty's is not: use mode='decoupled' or "
                     "mode='proximal', which act on all rows"
                 )
-        for batch in active:
-            add_grad_(batch, ascend=bool(batch.group.get("maximize")))
+            self._added.append((batch.tensors, grads))
+        with torch.no_grad():
+            for batch in active:
+                add_grad_(batch, ascend=bool(batch.group.get("maximize")))
 
     def after_update(self, active: list[TensorBatch]) -> None:
-        for batch in active:
-            for w, grad in zip(batch.tensors, batch.grads, strict=True):
-                if not batch.inactive and w.grad is not grad and w.grad is not None:
-                    raise RuntimeError(self._overwrites())
+        added, self._added = self._added, []
+        for tensors, grads in added:
+            if any(w.grad is not grad and w.grad is not None for w, grad in zip(tensors, grads, strict=True)):
+                raise RuntimeError(self._overwrites())
 
     def _overwrites(self) -> str:
         return (
@@ -131,6 +140,7 @@ class Decoupled(Mode):
                     "in the loss, or with mode='coupled'"
                 )
 
+    @torch.no_grad()
     def before_update(self, active: list[TensorBatch]) -> None:
         self._waiting = []
         rates: dict[int, float | Tensor] = {}
@@ -201,8 +211,10 @@ class Proximal(Mode):
 
     def with_steps(self, active: list[TensorBatch]) -> Iterator[tuple[TensorBatch, list[Step]]]:
         """Each batch with its steps; batches whose steps hold no tensor of the parameter's size share one call."""
-        shared = has_small_steps(self.optimizer, self.metric)
-        for key, some in groupby(active, key=lambda batch: _owner(batch) if shared else None):
+        if not has_small_steps(self.optimizer, self.metric):
+            yield from ((batch, self.steps_of(batch)) for batch in active)
+            return
+        for key, some in groupby(active, key=_owner):
             alike = list(some)
             if key is None:  # the tensors of a joint batch may be in several param_groups
                 yield from ((batch, self.steps_of(batch)) for batch in alike)
@@ -246,7 +258,7 @@ class Dual(Proximal):
     ) -> Iterator[tuple[list[Term], float | Tensor]]:
         """See `Proximal`: the terms are at the latent weights, and the sum of all steps multiplies lambda."""
         steps = self.steps_of(batch)
-        states = list(map(self._state_of, batch.tensors, steps))
+        states = self._states_of(batch, steps)
         if isinstance(batch, JointBatch):
             batch, states, steps = dual_averaging.matrix(batch, states, steps)
         else:
@@ -260,17 +272,17 @@ class Dual(Proximal):
 
     def after_update(self, active: list[TensorBatch]) -> None:
         for batch, steps in self.with_steps(active):
-            states = list(map(self._state_of, batch.tensors, steps))
+            states = self._states_of(batch, steps)
             if batch.inactive:
                 dual_averaging.reset(states)
             else:
                 dual_averaging.average_(batch, states, steps)
 
-    def _state_of(self, parameter: Tensor, step: Step) -> dict[str, Any]:
+    def _states_of(self, batch: TensorBatch, steps: list[Step]) -> list[dict[str, Any]]:
         # At lambda 0, as before a ramp, there is a gap too: a distributed checkpoint is loaded into what is there.
-        state: dict[str, Any] = self.optimizer.state[parameter]
-        dual_averaging.make_gap(parameter, state, step)
-        return state
+        states: list[dict[str, Any]] = [self.optimizer.state[w] for w in batch.tensors]
+        dual_averaging.make_gaps(batch.tensors, states, steps)
+        return states
 
 
 def _owner(batch: TensorBatch) -> tuple[Any, ...] | None:

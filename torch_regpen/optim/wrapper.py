@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..ops.batches import JointBatch, TensorBatch
+from ..ops.batches import JointBatch
 from ..ops.chunks import Slicer
 from ..ops.prox import zero_lengths_
 from ..ops.terms import Term, by_tensor
@@ -18,7 +18,7 @@ from ..penalties.base import Penalty, Sum
 from ..penalties.selection import owned_ids
 from ..utils import warn
 from . import dual_averaging
-from .applied import AppliedPenalty
+from .applied import Active, AppliedPenalty
 from .decay_rate import Decay, Rate, kept_initial_lrs
 from .delegation import WrappingOptimizer
 from .frozen_zeros import FrozenZeros, restore_own_state
@@ -27,8 +27,6 @@ from .modes import MODES
 from .step_size import Metric
 
 __all__ = ["RegularizedOptimizer"]
-
-Active = list[tuple[AppliedPenalty, list[TensorBatch]]]  # each penalty with its parameters that have a gradient
 
 
 class RegularizedOptimizer(WrappingOptimizer):
@@ -133,7 +131,7 @@ class RegularizedOptimizer(WrappingOptimizer):
             closure: reevaluates the model and returns the loss. Penalties in mode "coupled" are added to this loss, so
                 that line searches see the penalized objective.
         """
-        active: Active = []
+        active = Active()
         finish = partial(self._after_update, active)
         if closure is None:
             self._after_backward(active)
@@ -208,7 +206,7 @@ class RegularizedOptimizer(WrappingOptimizer):
             nonlocal first
             if not first:
                 with torch.no_grad():
-                    self._zeros.hold(self._frozen(active))
+                    self._zeros.hold(active.frozen)
             loss = closure()
             self._after_backward(active)
             if first:
@@ -216,52 +214,44 @@ class RegularizedOptimizer(WrappingOptimizer):
             first = False
             with torch.no_grad():
                 if loss is not None:
-                    for applied, batches in self._shrinking(active):
-                        loss = loss + applied.mode.added_to_loss(batches)
+                    for mode, batches in active.shrinking:
+                        loss = loss + mode.added_to_loss(batches)
             return loss
 
         return regularized
 
-    @torch.no_grad()
     def _after_backward(self, active: Active) -> None:
-        active[:] = [
-            (applied, [batch for every in applied.batches() if (batch := every.with_grads()) is not None])
-            for applied in self._applied
-        ]
-        self._zeros.silence(self._frozen(active))
-        for applied, batches in self._shrinking(active):
-            applied.mode.after_backward(batches)
+        active.batches, active.shrinking, active.frozen = [], [], []
+        freezable = self._freezable() if self._zeros.on else []
+        for applied in self._applied:
+            batches = [batch for every in applied.batches() if (batch := every.with_grads()) is not None]
+            active.batches += batches
+            if applied in freezable:
+                active.frozen += batches
+            else:
+                active.shrinking.append((applied.mode, batches))
+        if active.frozen:
+            with torch.no_grad():
+                self._zeros.silence(active.frozen)
+        for mode, batches in active.shrinking:
+            mode.after_backward(batches)
 
-    @torch.no_grad()
     def _before_update(self, active: Active) -> None:
-        for applied, batches in self._shrinking(active):
-            applied.mode.before_update(batches)
+        for mode, batches in active.shrinking:
+            mode.before_update(batches)
 
     @torch.no_grad()
     def _after_update(self, active: Active) -> None:
-        for applied, batches in self._shrinking(active):
-            applied.mode.after_update(batches)
-        self._zeros.note([batch for _, batches in active for batch in batches])
-        self._zeros.hold(self._frozen(active))
-        for _, batches in active:
-            for batch in batches:
-                zero_lengths_(batch)
+        for mode, batches in active.shrinking:
+            mode.after_update(batches)
+        self._zeros.note(active.batches)
+        self._zeros.hold(active.frozen)
+        for batch in active.batches:
+            zero_lengths_(batch)
 
     def _freezable(self) -> list[AppliedPenalty]:
         """The penalties that `freeze_zeros` turns off, and whose zeros it holds."""
         return [applied for applied in self._applied if applied.makes_zeros] or self._applied
-
-    def _frozen(self, active: Active) -> list[TensorBatch]:
-        """The batches of parameters whose zeros are held."""
-        if not self._zeros.on:
-            return []
-        return [batch for applied, batches in active if applied in self._freezable() for batch in batches]
-
-    def _shrinking(self, active: Active) -> Active:
-        """The penalties that are not turned off by `freeze_zeros`."""
-        if not self._zeros.on:
-            return active
-        return [(applied, batches) for applied, batches in active if applied not in self._freezable()]
 
     def state_dict(self) -> dict[str, Any]:
         """The state dict of the wrapped optimizer, which it can load with or without this wrapper."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from operator import attrgetter, eq, is_
+from operator import attrgetter, is_
 from typing import Any
 
 from ..ops.batches import TensorBatch
@@ -18,7 +18,7 @@ class TermCache:
     Finding the terms takes longer than a step on small tensors; checking the cache takes a few microseconds.
     """
 
-    WATCHED = attrgetter("requires_grad"), attrgetter("dtype"), attrgetter("device")
+    WATCHED = attrgetter("requires_grad", "dtype", "device")
 
     def __init__(self) -> None:
         self.terms: list[Term] = []
@@ -38,7 +38,7 @@ class TermCache:
         self._dicts = [parameters for parameters, _ in locations]
         self._names = [name for _, name in locations]
         self._parameters = list(map(dict.get, self._dicts, self._names))
-        self._known = [list(map(get, self._parameters)) for get in self.WATCHED]
+        self._known = list(map(self.WATCHED, self._parameters))
 
     def is_valid(self, key: list[Any]) -> bool:
         """Whether the settings, the parameters and their `WATCHED` attributes are unchanged."""
@@ -48,7 +48,7 @@ class TermCache:
         return (
             all(map(is_, key, self._key))
             and all(map(is_, now, self._parameters))
-            and all(all(map(eq, map(get, now), known)) for get, known in zip(self.WATCHED, self._known, strict=True))
+            and list(map(self.WATCHED, now)) == self._known
             and not any(map(hasattr, now, itertools.repeat("ds_id")))  # flattened by DeepSpeed
         )
 

@@ -1,8 +1,7 @@
 """How accurate a network stays as its weights vanish, beside torchao's PruneOptimizer.
 
     python tests/benchmarks/sparse_training.py                 the digits of scikit-learn, 5 seeds
-    python tests/benchmarks/sparse_training.py --mnist FOLDER  MNIST, from its four idx files, one seed, one setting
-    python tests/benchmarks/sparse_training.py --freeze        zeros that flip, and what freeze_zeros() gains, on digits
+    python tests/benchmarks/sparse_training.py --freeze        zeros that flip, and what freeze_zeros() gains
 
 All train the same network on the same batches for the same number of epochs, under SGD with momentum and a cosine
 schedule. For three fifths of the steps zeros are made, on a cubic ramp, then they are frozen (torchao: healing) while
@@ -17,7 +16,6 @@ import argparse
 import copy
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,15 +60,6 @@ def digits(seed: int) -> Data:
     return Data(*(z for part in parts for z in (x[part], y[part])))
 
 
-def mnist(folder: Path) -> Data:
-    """MNIST: 60,000 to train and 10,000 to test; with one setting there is nothing to choose."""
-    files = sorted(file for file in folder.iterdir() if "ubyte" in file.name)  # test images, labels, then training's
-    x_test, y_test, x, y = (torch.tensor(np.fromfile(file, dtype=np.uint8)) for file in files)
-    x, x_test = (images[16:].view(-1, 784) / 255 for images in (x, x_test))
-    y, y_test = (labels[8:].long() for labels in (y, y_test))
-    return Data(x, y, x_test, y_test, x_test, y_test)
-
-
 def network(data: Data, seed: int) -> nn.Module:
     """300 and 100 hidden units."""
     torch.manual_seed(seed)
@@ -95,7 +84,7 @@ def train(model: nn.Module, data: Data, optimizer: Any, epochs: int, after_step:
 
 def batches_of(data: Data) -> int:
     """How many batches an epoch has."""
-    return len(data.x) // (128 if len(data.x) > 10_000 else 64)
+    return len(data.x) // 64
 
 
 def result(model: nn.Module, data: Data) -> Result:
@@ -196,15 +185,6 @@ def on_digits(seeds: int, epochs: int, targets: list[float], names: list[str]) -
     print_row("torchao ProxLasso", [best(enough) if enough else None for enough in sparse])
 
 
-def on_mnist(folder: Path, epochs: int, targets: list[float], names: list[str]) -> None:
-    """The table on MNIST."""
-    data = mnist(folder)
-    print_head(f"MNIST, 784-300-100-10, {epochs} epochs, lr 0.1; zeros:", targets)
-    print_row("none", [[run(plain, 0.1, data, epochs, 0)]] * len(targets))
-    for name in names:
-        print_row(name, [[run(partial(METHODS[name], target), 0.1, data, epochs, 0)] for target in targets])
-
-
 def on_freeze(seeds: int, epochs: int) -> None:
     """Zeros under L1, those that flip, the accuracy; and after as many epochs more, with L1 or with zeros frozen."""
     print("| L1 proximal | lambda | zeros | of them flip | accuracy | trained on | frozen | gain |")
@@ -253,20 +233,17 @@ def survivors(data: Data, make: Any, lam: float, epochs: int, seed: int) -> tupl
 def main() -> None:
     """Runs, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mnist", type=Path, metavar="FOLDER", help="a folder with the four idx files, unpacked")
     parser.add_argument("--freeze", action="store_true", help="what freezing zeros gains")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, help="40 on digits, 25 on MNIST")
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--targets", type=float, nargs="+")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.freeze:
-        on_freeze(options.seeds, options.epochs or 40)
-    elif options.mnist:
-        on_mnist(options.mnist, options.epochs or 25, options.targets or [0.985, 0.99], options.methods)
+        on_freeze(options.seeds, options.epochs)
     else:
-        on_digits(options.seeds, options.epochs or 40, options.targets or TARGETS, options.methods)
+        on_digits(options.seeds, options.epochs, options.targets or TARGETS, options.methods)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """What RegularizedOptimizer refuses, and what it warns of."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from helpers.nets import assert_same, network, train
 from helpers.optimizers import Homemade, adam, direct_modes, sgd
+from torch import nn
 
-from torch_regpen import L1, L2, GroupLasso, Penalty, RegularizedOptimizer
+from torch_regpen import L0, L1, L2, GroupLasso, Penalty, RegularizedOptimizer
 
 # Errors and warnings
 
@@ -166,6 +168,38 @@ def test_weight_decay_on_other_parameters_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         RegularizedOptimizer(torch.optim.AdamW(groups, weight_decay=0.1), L2(model, 0.1))
+
+
+def convolutions(norm):
+    """A convolution with a norm behind it, a second one with none, and a linear layer."""
+    return nn.Sequential(nn.Conv2d(1, 8, 3), norm, nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 3))
+
+
+@pytest.mark.parametrize("mode", ["proximal", "dual"])
+@pytest.mark.parametrize("penalty", [GroupLasso, partial(L0, groups=0)])
+def test_filters_as_groups_before_a_batchnorm_warn(penalty, mode):
+    model = convolutions(nn.BatchNorm2d(8))
+    with pytest.warns(UserWarning, match=r"^'0\.weight' seem to feed a BatchNorm.*Coupled\(model") as caught:
+        RegularizedOptimizer(sgd(model), penalty(model, 1e-3), mode)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("norm", "penalty", "mode"),
+    [
+        (nn.GroupNorm(2, 8), GroupLasso, "proximal"),
+        (nn.BatchNorm2d(8), GroupLasso, "coupled"),
+        (nn.BatchNorm2d(8), partial(GroupLasso, groups="input"), "proximal"),
+        (nn.BatchNorm2d(8), partial(GroupLasso, select="5.weight"), "proximal"),
+        (nn.BatchNorm2d(8), L1, "proximal"),
+    ],
+)
+def test_other_groups_norms_and_modes_do_not_warn(norm, penalty, mode):
+    model = convolutions(norm)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RegularizedOptimizer(sgd(model), penalty(model, 1e-3), mode)
 
 
 @direct_modes

@@ -14,6 +14,7 @@ from ..ops.batches import TensorBatch, batches
 from ..ops.chunks import Slicer
 from ..ops.terms import Term, gathered, sliced
 from ..penalties.base import Penalty
+from ..penalties.units import layers_before_norms
 from ..utils import warn
 from .decay_rate import Decay
 from .modes import MODES, Mode, Proximal
@@ -61,6 +62,7 @@ class AppliedPenalty:
         if not self._warn_about_decay():
             self._warn_about_adaptive_l2(metric)
         self._warn_about_steps(metric)
+        self._warn_about_norms()
 
     @property
     def makes_zeros(self) -> bool:
@@ -137,6 +139,20 @@ class AppliedPenalty:
             warn(
                 f"{name} sets its own step size, which differs from its lr, but mode='decoupled' uses lr * lam. Use "
                 "rate='schedule', mode='coupled', or mode='proximal' with a callable metric that returns the step"
+            )
+
+    def _warn_about_norms(self) -> None:
+        parts = [part for part in self.penalty.parts if part.groups in ("output", 0)] if self.makes_zeros else []
+        places = [(ref, name) for part in parts for ref, name, _ in part.places() if ref.ancestors]
+        before = {layer for root in {ref.ancestors[0] for ref, _ in places} for layer in layers_before_norms(root)}
+        names = dict.fromkeys(repr(name) for ref, name in places if ref.owner in before)
+        if names:
+            first, *others = names
+            warn(
+                f"{first}{f' and {len(others)} others' * bool(others)} seem to feed a BatchNorm, which divides by the "
+                "scale of each filter. A filter that becomes zero has a very large gradient there and returns as a "
+                "huge weight. Use groups=Coupled(model, example_inputs, scale=False), which takes a filter and its "
+                "scale in the norm together"
             )
 
     def _warn_about_adaptive_l2(self, metric: Metric) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import operator
-import warnings
 from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any
 
@@ -19,6 +18,7 @@ from ..groups import Elements
 from ..groups.grouping import largest
 from ..ops.batches import TensorBatch
 from ..ops.terms import Term
+from ..utils import warn
 from .dual_averaging import GAP, STEPS
 
 __all__ = ["FrozenZeros", "restore_own_state"]
@@ -76,11 +76,9 @@ class FrozenZeros:
             group[FROZEN] = True
         names = self._entirely_held(work)
         if names:
-            warnings.warn(
+            warn(
                 f"all penalized weights of {', '.join(names)} are zero and stay zero, so nothing passes through them. "
-                "If that is not wanted, call unfreeze_zeros() and lower lambda or the target, or exclude them; behind "
-                "BatchNorm, penalize units with groups=Coupled(model, example_inputs)",
-                stacklevel=4,
+                "If that is not wanted, call unfreeze_zeros() and lower lambda or the target, or exclude them"
             )
 
     def _entirely_held(self, work: list[list[Term]]) -> list[str]:

@@ -6,13 +6,16 @@ unit of an LSTM in one row of each gate, and a head of a fused attention project
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..groups.grouping import Grouping
@@ -23,7 +26,14 @@ from ..groups.norms import NormGrouping
 from ..utils import warn
 from .lookup import ParameterRef
 
-__all__ = ["MULTIPLYING", "grouping_of", "is_attention_projection", "recurrent_partner", "transformers_conv1d"]
+__all__ = [
+    "MULTIPLYING",
+    "grouping_of",
+    "is_attention_projection",
+    "layers_before_norms",
+    "recurrent_partner",
+    "transformers_conv1d",
+]
 
 # Layers that multiply their input with their weights.
 MULTIPLYING: tuple[type[nn.Module], ...] = (
@@ -259,3 +269,12 @@ class _Attention:
                 "the order of the heads is not known. Leave the parameter out with select= or exclude="
             )
         return (found if parts and not self.head_by_head else 1), n
+
+
+def layers_before_norms(root: nn.Module) -> Iterator[nn.Module]:
+    """Yield the layers that seem to feed a BatchNorm or InstanceNorm: the next layer, of as many channels, is one."""
+    layers = [module for module in root.modules() if isinstance(module, (*MULTIPLYING, _NormBase))]
+    for layer, following in itertools.pairwise(layers):
+        channels = getattr(layer, "out_channels", getattr(layer, "out_features", None))
+        if isinstance(following, _NormBase) and following.num_features == channels:
+            yield layer

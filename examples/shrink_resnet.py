@@ -7,8 +7,7 @@ its scale and shift in the norms, and on a residual stream those of all layers t
 from the start, and whole layers would go first.
 
 Beside them is what is usually done: train, remove the channels of smallest magnitude with Torch-Pruning, fine-tune.
-All take the same number of epochs, and each pruned network has the multiply-adds of the shrunk network above it. The
-latencies are those of ONNX Runtime, which fuses norms and ReLUs into the convolutions.
+All take the same number of epochs, and each pruned network has the multiply-adds of the shrunk network above it.
 
     pip install "torch_regpen[examples]"
     python examples/shrink_resnet.py --plot examples/shrink_resnet.png
@@ -18,11 +17,9 @@ import argparse
 import copy
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
-import onnxruntime
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
@@ -169,8 +166,7 @@ def multiply_adds(model: nn.Module, data: Data) -> float:
 @torch.no_grad()
 def measure(models: dict[str, nn.Module], data: Data) -> list[Row]:
     """Accuracy, size and speed of each network."""
-    passes = [[forward_pass(model, data.x[:batch]) for batch in (1, 64)] for model in models.values()]
-    rounds = [[[seconds(forward) for forward in both] for both in passes] for _ in range(ROUNDS)]
+    rounds = [[(seconds(m, data.x[:1]), seconds(m, data.x[:64])) for m in models.values()] for _ in range(ROUNDS)]
     rows = []
     for (name, model), times in zip(models.items(), zip(*rounds, strict=True), strict=True):
         accuracy = (model(data.x_test).argmax(1) == data.y_test).float().mean().item()
@@ -180,21 +176,12 @@ def measure(models: dict[str, nn.Module], data: Data) -> list[Row]:
     return rows
 
 
-def forward_pass(model: nn.Module, x: Tensor) -> Callable[[], object]:
-    """A forward pass of a batch in ONNX Runtime, on one core."""
-    program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), options)
-    return partial(session.run, None, {session.get_inputs()[0].name: x.numpy()})
-
-
-def seconds(forward: Callable[[], object]) -> float:
+def seconds(model: nn.Module, x: Tensor) -> float:
     """The median time of a forward pass on an idle core: processor time."""
     times = []
-    for _ in range(22):
+    for _ in range(12):
         start = time.process_time()
-        forward()
+        model(x)
         times.append(time.process_time() - start)
     return median(times[2:])
 

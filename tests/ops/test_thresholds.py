@@ -75,3 +75,13 @@ def test_a_sample_is_of_all_columns(size):
     stride = stride_for([terms], 1000, 1000)
     columns = sampled(terms, stride, 0)(torch.arange(size).expand(2000, size))
     assert columns.unique().numel() > 0.7 * size
+
+
+@pytest.mark.parametrize("inner", [(), (7,), (30, 7), (2, 3, 5)])
+def test_a_sample_of_tensors_of_many_shapes_is_about_as_large_as_asked_for(inner):
+    tensors = [torch.ones(size, *inner) for size in range(100, 300)]
+    terms = [[term] for term in L1(tensors, 0.1, select="all").terms(frozen=True)]
+    elements = sum(w.numel() for w in tensors)
+    for wanted in (elements // 2, elements // 10, elements // 33):
+        stride = stride_for(terms, wanted, wanted)
+        assert wanted / 2 <= elements / stride <= 2.1 * wanted

@@ -35,9 +35,10 @@ def makes_zeros(term: Term) -> bool:
 
 
 def stride_for(work: Iterable[list[Term]], elements: int, groups: int) -> int:
-    """The stride at which `sampled` takes at least so many elements, or groups, of all tensors together, or all.
+    """The stride at which `sampled` takes about so many elements, or groups, of all tensors together, or all.
 
-    For elements it shares no factor with the shapes: a sample is then of all rows, columns and places in a filter.
+    For elements it shares no factor with the inner dimensions, if one within a factor of 2 does not: a sample is then
+    of all columns and places in a filter.
     """
     work = [terms for terms in work if any(map(makes_zeros, terms))]
     counts = [_count(terms) for terms in work]
@@ -45,10 +46,17 @@ def stride_for(work: Iterable[list[Term]], elements: int, groups: int) -> int:
     if None in counts:
         return 1
     stride = max(sum(counts) // (groups if by_group else elements), 1)  # type: ignore[arg-type]
-    shapes = math.lcm(*(size for terms in work for size in terms[0].tensor.shape if size))
-    while not by_group and math.gcd(stride, shapes) > 1:
-        stride -= 1
-    return stride
+    if by_group:
+        return stride
+    inner = math.lcm(*(size for terms in work for size in _in_memory(terms[0].tensor)[1] if size))
+    nearest = [*range(stride, stride // 2 - 1, -1), *range(stride + 1, 2 * stride)]
+    return next((near for near in nearest if near and math.gcd(near, inner) == 1), stride)
+
+
+def _in_memory(w: Tensor) -> tuple[list[int], list[int]]:
+    """The dimensions in the order in which they lie in memory, and the sizes of all but the first of them."""
+    order = sorted(range(w.ndim), key=w.stride, reverse=True)
+    return order, [w.shape[dim] for dim in order[1:]]
 
 
 def _count(terms: list[Term]) -> int | None:
@@ -76,7 +84,7 @@ def sampled(terms: list[Term], stride: int, start: int) -> Slicer:
     """
     w = terms[0].tensor
     if not _grouped(terms):
-        order = sorted(range(w.ndim), key=w.stride, reverse=True)  # as it lies in memory: all that follows is a view
+        order, _ = _in_memory(w)  # all that follows is a view
         return partial(_take_elements, order, w.shape, stride, start % stride)
     dim = _cut_along(terms)
     return full_tensor if dim is None else partial(_take_groups, dim, w.shape[dim], stride, start % stride)

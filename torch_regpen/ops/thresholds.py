@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def stride_for(work: Iterable[list[Term]], elements: int, groups: int) -> int:
     if by_group:
         return stride
     inner = math.lcm(*(size for terms in work for size in _in_memory(terms[0].tensor)[1] if size))
-    nearest = [*range(stride, stride // 2 - 1, -1), *range(stride + 1, 2 * stride)]
+    nearest = chain(range(stride, stride // 2 - 1, -1), range(stride + 1, 2 * stride))
     return next((near for near in nearest if near and math.gcd(near, inner) == 1), stride)
 
 

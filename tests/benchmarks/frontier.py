@@ -30,17 +30,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from sparse_training import Data, min_sparsity
+from sparse_training import SHRINKING, Data, min_sparsity, ours, plain
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from torch_regpen import L0, LogSum, RegularizedOptimizer
-from torch_regpen.schedules import TargetSparsity
+from torch_regpen import L0, LogSum
 
 TARGETS = [0.9, 0.95, 0.98, 0.99, 0.9933, 0.995]
 RATES, TUNED_AT = [0.05, 0.1], 0.99
 BATCH = 128
-SHRINKING = 0.6  # the part of the steps in which zeros are made
 READINGS = 60  # how often, in that part, zeros are chosen anew
 REFERENCE = "torchao GlobalMinSparsity"
 T_95 = [math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # quantiles, by degrees of freedom
@@ -77,33 +75,14 @@ def cnn() -> nn.Module:
 NETWORKS = {"lenet": (lenet, 25), "cnn": (cnn, 10)}  # and the epochs
 
 
-def weights_of(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that are made sparse."""
-    return [p for p in model.parameters() if p.ndim > 1]
-
-
 def sgd(model: nn.Module, lr: float) -> torch.optim.SGD:
-    """The optimizer of all methods."""
+    """The optimizer of all methods, as in `sparse_training`."""
     return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
 
 
 def dense(target: float, model: nn.Module, lr: float, steps: int) -> tuple[Any, AfterStep]:
-    """No zeros."""
-    return sgd(model, lr), lambda step: None
-
-
-def dual(kind: Any, target: float, model: nn.Module, lr: float, steps: int) -> tuple[Any, AfterStep]:
-    """A penalty by dual averaging with a target sparsity, then frozen zeros."""
-    optimizer = RegularizedOptimizer(sgd(model, lr), kind(model, 1e-4), "dual")
-    ramp = int(SHRINKING * steps)
-    schedule = TargetSparsity(optimizer, target, steps=ramp, every=max(ramp // READINGS, 1), freeze=True)
-    return optimizer, lambda step: schedule.step()
-
-
-def torchao(target: float, model: nn.Module, lr: float, steps: int) -> tuple[Any, AfterStep]:
-    """PruneOptimizer with GlobalMinSparsityConstraint, on its own schedule."""
-    optimizer, after_step = min_sparsity(target, model, lr, steps)
-    return optimizer, after_step
+    """No zeros, whatever the target."""
+    return plain(model, lr, steps)  # type: ignore[no-any-return]
 
 
 def magnitude(at: Callable[[float], float], target: float, model: nn.Module, lr: float, steps: int) -> Any:
@@ -141,9 +120,9 @@ def rigl(target: float, model: nn.Module, lr: float, steps: int) -> tuple[Any, A
 
 METHODS: dict[str, Any] = {
     "dense": dense,
-    "dual L0": partial(dual, L0),
-    "dual LogSum": partial(dual, LogSum),
-    REFERENCE: torchao,
+    "dual L0": partial(ours, L0, "dual"),
+    "dual LogSum": partial(ours, LogSum, "dual"),
+    REFERENCE: min_sparsity,
     "gradual magnitude pruning": partial(magnitude, lambda x: 1 - (1 - x) ** 3),
     "magnitude pruning, then fine-tuning": partial(magnitude, lambda x: float(x == 1)),
     "RigL": rigl,

@@ -245,7 +245,7 @@ class Life:
         self.penalty.lam = self.plain.lam = self.draw.choice([0.0, 0.001, 0.01, 0.1])
 
     def new_learning_rate(self):
-        lr = self.draw.choice([0.005, 0.02, 0.05])
+        lr = self.draw.choice([0.0, 0.005, 0.02, 0.05])
         for group in (*self.optimizer.param_groups, *self.plain.optimizer.param_groups):
             group["lr"] = lr
 

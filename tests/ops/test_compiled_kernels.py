@@ -123,6 +123,20 @@ def test_a_compiled_value_is_as_exact_as_the_eager_one():
 
 @pytest.mark.parametrize("mode", ["proximal", "dual"])
 @pytest.mark.parametrize("kind", ["L1", "GroupLasso"])
+def test_a_learning_rate_of_0_changes_nothing(kind, mode, calls):
+    w = nn.Parameter(torch.randn(SHAPE))
+    before = w.detach().clone()
+    optimizer = RegularizedOptimizer(optim.Adam([w], lr=0.0), PENALTIES[kind]([w], 0.1), mode, compile=True)
+    for _ in range(2):
+        w.grad = torch.randn(SHAPE)
+        w.grad[:, 0] = 0
+        optimizer.step()
+    assert calls
+    torch.testing.assert_close(w.detach(), before)
+
+
+@pytest.mark.parametrize("mode", ["proximal", "dual"])
+@pytest.mark.parametrize("kind", ["L1", "GroupLasso"])
 def test_nan_and_infinity_stay_visible(kind, mode):
     w = nn.Parameter(torch.randn(SHAPE))
     optimizer = RegularizedOptimizer(optim.Adam([w], lr=0.01), PENALTIES[kind]([w], 0.1), mode, compile=True)

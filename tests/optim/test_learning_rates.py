@@ -5,10 +5,10 @@ import warnings
 import pytest
 import torch
 from helpers.nets import assert_same, network, set_gradients, train
-from helpers.optimizers import wrapped_sgd
+from helpers.optimizers import OPTIMIZERS, modes, wrapped_sgd
 from torch.optim import lr_scheduler as schedulers
 
-from torch_regpen import L1, L2, RegularizedOptimizer
+from torch_regpen import L0, L1, L2, ElasticNet, GroupLasso, RegularizedOptimizer, SparseGroupLasso
 
 # Schedulers of the learning rate
 
@@ -91,3 +91,28 @@ def test_a_step_of_the_scheduler_before_the_optimizer_still_warns():
     scheduler = schedulers.ExponentialLR(wrapped_sgd(model), 0.5)
     with pytest.warns(UserWarning, match=r"lr_scheduler\.step\(\)` before `optimizer\.step\(\)"):
         scheduler.step()
+
+
+@modes
+@pytest.mark.parametrize("kind", [L0, L1, L2, ElasticNet, GroupLasso, SparseGroupLasso])
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "ASGD"])  # its rate is that of the step before
+def test_a_step_at_a_learning_rate_of_0_changes_nothing(name, kind, mode):
+    """As the first step of a warm-up and the last of a linear schedule."""
+    torch.manual_seed(0)
+    w = torch.nn.Parameter(torch.randn(4, 6))
+    w.data[1] = 0
+    inner = OPTIMIZERS[name]([w])
+    try:
+        optimizer = RegularizedOptimizer(inner, kind([w], 0.1), mode)
+    except ValueError as error:  # L0 has no gradient, and some optimizers no metric
+        pytest.skip(str(error))
+    lr = inner.param_groups[0]["lr"]
+    for rate in (0.0, lr, lr, 0.0, lr):
+        before = w.detach().clone()
+        inner.param_groups[0]["lr"] = rate
+        w.grad = torch.randn(4, 6)
+        w.grad[:, 2] = 0  # these never have a gradient
+        optimizer.step()
+        assert w.isfinite().all()
+        if rate == 0:
+            torch.testing.assert_close(w.detach(), before, rtol=1e-5, atol=1e-7)

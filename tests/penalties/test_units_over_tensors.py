@@ -193,6 +193,35 @@ def test_dual_averaging_is_the_textbook_loop_over_concatenated_units():
     torch.testing.assert_close(flat(model.parameters()), flat(twin.parameters()), rtol=1e-9, atol=1e-11)
 
 
+def test_dual_averaging_goes_on_where_learning_rates_differ_for_a_while():
+    """Each unit minimises `sum (v - latent)^2 / (2 S) + lam * sqrt(n) * ||v||` with S, the sum of the rates."""
+    model, x, y = problem()
+    biases = {id(w) for w in model.parameters() if w.ndim == 1}
+    rest = [w for w in model.parameters() if id(w) not in biases]
+    both = [{"params": rest}, {"params": [w for w in model.parameters() if id(w) in biases]}]
+    sgd = torch.optim.SGD(both, lr=0.05)
+    optimizer = RegularizedOptimizer(sgd, coupled(GroupLasso, model, x, lam=0.02), "dual")
+    latent = [joined(u).detach().clone() for u in units(model)]
+    sums = [torch.zeros_like(v) for v in latent]
+    for rates in ((0.05, 0.05), (0.05, 0.02), (0.05, 0.05), (0.03, 0.03)):
+        for group, rate in zip(sgd.param_groups, rates, strict=True):
+            group["lr"] = rate
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        gradients = copy.deepcopy(model)
+        for w, g in zip(gradients.parameters(), model.parameters(), strict=True):
+            w.data = g.grad.clone()
+        for v, s, unit, of_unit in zip(latent, sums, units(model), units(gradients), strict=True):
+            lrs = torch.cat([torch.full((part.numel(),), rates[part.ndim == 0]).double() for part in unit])
+            v -= lrs * joined(of_unit).detach()
+            s += lrs
+        optimizer.step()
+        for z, s, unit in zip(latent, sums, units(model), strict=True):
+            v = joined(unit).detach()
+            residual = (v - z) / s + 0.02 * math.sqrt(len(v)) * v / v.norm()
+            torch.testing.assert_close(residual, torch.zeros_like(v), atol=1e-7, rtol=0)
+
+
 @pytest.mark.parametrize("mode", ["coupled", "decoupled", "proximal", "dual"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_at_lambda_0_it_is_the_bare_optimizer(mode, optimizer):

@@ -19,7 +19,7 @@ from . import kernels
 from .compiled import plain, run, scalar, takes
 from .group_chunks import GroupChunk, all_groups, has_group_views, is_group_lasso
 from .root_search import root
-from .step import Step
+from .step import Step, quotient
 from .terms import Term
 
 __all__ = ["average_groups_", "shrink_groups_"]
@@ -53,7 +53,7 @@ def shrink_groups_(terms: list[Term], step: Step) -> bool:
     radius = _column(x, step.numerator * groups.radius)
     sums = _Sums(x, radius, m, eps)
     theta = root(sums, groups.grouping)
-    change = run(kernels.change_norm, *sums.arguments, theta)
+    change = run(kernels.change_norm, *sums.arguments, theta).clamp_min_(torch.finfo(x.dtype).tiny)  # 0 where lr is 0
     factor = (most * math.sqrt(groups.size) / change).clamp_max_(1)
     run(kernels.shrink_, *sums.arguments, theta, factor)
     increment_version(terms[0].tensor)
@@ -72,7 +72,7 @@ def average_groups_(terms: list[Term], gap: Tensor, sums: Tensor, step: Step) ->
         return False
     w, d, s, m = groups.views
     norm = run(kernels.norm, w)
-    most, zero = step.numerator / max_change, norm == 0
+    most, zero = quotient(step.numerator, max_change), norm == 0  # type: ignore[arg-type]
     slope = (most * groups.radius / norm).masked_fill_(zero, 0)
     least = zero * (most * groups.lam)
     run(kernels.add_steps_, w, d, s, m, step.numerator, eps, slope, least, _column(w, groups.radius))

@@ -23,6 +23,7 @@ from .chunks import (
     spread_scalars,
     zip_chunks,
 )
+from .step import quotient
 
 __all__ = [
     "add_",
@@ -155,7 +156,7 @@ def threshold_latent_each_(
             some_ws, some_gaps, some_sums, some_moments = piece
             s, moment = joined(some_sums), joined_wide(some_moments)
             buffer = buffer_like(moment, buffer)  # the only temporary: fresh memory costs more than a square root
-            size = torch.sqrt(moment, out=buffer).add_(e).clamp_min_(numerator / most)
+            size = torch.sqrt(moment, out=buffer).add_(e).clamp_min_(quotient(numerator, most))
             s.addcdiv_(numerator, size)
             _threshold_latent_(some_ws, some_gaps, torch.mul(s, factor, out=size))
             seen = torch.sign(moment, out=size)

@@ -92,7 +92,8 @@ def _shrink_groups_(terms: list[Term], step: Step) -> bool:
         change = torch.addcmul(x, x, factors, value=-1, out=factors)  # x - x * factors
         if step.max_change is not None:
             most = step.max_change * math.sqrt(part.size)
-            change.mul_((most / part.grouping.norm(change)).clamp_max_(1))
+            norm = part.grouping.norm(change).clamp_min_(torch.finfo(change.dtype).tiny)  # 0 where lr is 0
+            change.mul_((most / norm).clamp_max_(1))
         x.sub_(change)
     return True
 

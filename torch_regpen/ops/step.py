@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..groups.grouping import working_dtype
 from .chunks import Slicer
 
-__all__ = ["Step", "adaptive", "is_scalar", "same_number"]
+__all__ = ["Step", "adaptive", "is_scalar", "quotient", "same_number"]
 
 
 @dataclass(slots=True, eq=False)
@@ -36,13 +39,17 @@ class Step:
         """The step: a number, a 0-dim tensor, or a tensor of the parameter's shape."""
         if self.moment is None:
             return self.numerator
-        return torch.div(self.numerator, self.moment.sqrt().add_(self.eps))  # type: ignore[arg-type]
+        return torch.div(self.numerator, self._root().add_(self.eps))  # type: ignore[arg-type]
+
+    def _root(self, out: Tensor | None = None) -> Tensor:
+        moment: Any = self.moment  # in half precision eps would be 0
+        return torch.sqrt(moment.to(working_dtype(moment.dtype)), out=out)
 
     def size_into(self, out: Tensor | None) -> Tensor:
         """`size` of a step that differs by element, in the memory `out`, or in new memory."""
         if self.moment is None:
             return torch.add(self.numerator, 0, out=out)
-        root = torch.sqrt(self.moment, out=out).add_(self.eps)  # type: ignore[arg-type]
+        root = self._root(out).add_(self.eps)  # type: ignore[arg-type]
         return torch.div(self.numerator, root, out=root)
 
     @property
@@ -87,6 +94,11 @@ def adaptive(steps: Sequence[Step]) -> tuple[list[Tensor], Tensor, Tensor, float
 
 def _stacked(xs: list[Tensor]) -> Tensor:
     return xs[0] if all(x is xs[0] for x in xs) else torch.stack(xs)
+
+
+def quotient(numerator: Tensor, most: float | Tensor) -> Tensor:
+    """`numerator / most`, and 0 for 0/0, as where the learning rate is 0. NaN stays visible in the numerator itself."""
+    return (numerator / most).nan_to_num(0, math.inf)
 
 
 def is_scalar(x: float | Tensor) -> bool:

@@ -97,15 +97,13 @@ class AppliedPenalty:
         """See `RegularizedOptimizer.before_prox`; nothing in a mode without a proximal map."""
         if not isinstance(self.mode, Proximal):
             return
-        for batch in self.batches():
-            active = None if frozen else batch.with_grads()
-            if active is not None:
-                yield from self.mode.before_prox(active, sample)
-            moved = set() if active is None else {id(terms) for terms in active.each}
-            for terms in batch.each:
-                if id(terms) not in moved:
-                    terms = gathered(terms)
-                    yield sliced(terms, sample(terms)), None
+        every = self.batches()
+        having = [] if frozen else [some for batch in every if (some := batch.with_grads()) is not None]
+        yield from self.mode.before_prox(having, sample)
+        moved = {id(terms) for batch in having for terms in batch.each}
+        for terms in (terms for batch in every for terms in batch.each if id(terms) not in moved):
+            whole = gathered(terms)
+            yield sliced(whole, sample(whole)), None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_known": [], "_batches": []}  # a copy collects its parameters again

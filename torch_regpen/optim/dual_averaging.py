@@ -25,7 +25,7 @@ from ..ops.group_chunks import group_chunks, has_group_views, is_group_lasso
 from ..ops.prox import clip_change, prox
 from ..ops.root_search import shrink_factors
 from ..ops.sharded import on_local_shards
-from ..ops.step import Step, adaptive
+from ..ops.step import Step, adaptive, quotient
 from ..ops.terms import Term, chunked_terms
 
 __all__ = ["GAP", "STEPS", "average_", "counted", "drop_others", "latent_terms", "make_gaps", "reset"]
@@ -130,7 +130,7 @@ def _average_groups_(terms: list[Term], gap: Tensor, sums: Tensor, step: Step) -
     if fused is None or step.max_change is None or not is_group_lasso(terms, gap, sums, *fused[0]):
         return False
     (moment,), numerator, eps, max_change = fused
-    most = numerator / max_change
+    most = quotient(numerator, max_change)
     buffers: list[Tensor | None] = [None, None, None]
     for part in group_chunks(terms[0], gap, sums, moment):
         w, d, s, m = part.views
@@ -151,8 +151,7 @@ def _average_groups_(terms: list[Term], gap: Tensor, sums: Tensor, step: Step) -
             continue
         # An element without a gradient yet is shrunk by at most max_change, and keeps no gap and no sum.
         seen = torch.sign(m, out=size)
-        limit = max_change / (1 - seen)
-        latent.sub_(torch.clamp(d, -limit, limit))
+        latent.sub_(torch.where(m > 0, d, d.clamp(-max_change, max_change)))  # type: ignore[arg-type]
         d.mul_(seen)
         s.mul_(seen)
     return True
@@ -188,7 +187,7 @@ def matrix(
 ) -> tuple[TensorBatch, list[State], list[Step]]:
     """The matrix of the groups of a batch, its gaps and sums, and its step."""
     step = batch.step(steps)
-    if step.by_element:
+    if step.by_element or any(state[STEPS].ndim for state in states):
         for w, state in zip(batch.tensors, states, strict=True):
             _spread_steps(w, state)
         sums = batch.joint.gather([state[STEPS] for state in states])
@@ -235,12 +234,14 @@ def _slope(term: Term) -> Tensor:
     x = term.offset(term.tensor)
     at_zero = term.elementwise_lam * x.new_ones((), dtype=working_dtype(x.dtype))
     if term.penalty.coefficients is None:  # its slope is largest at zero, or has no bound
-        return at_zero.expand_as(x)
-    if not term.linear:
-        return 2 * term.quadratic * at_zero * x.abs()
+        return at_zero
+    if not term.grouped:
+        slope = term.linear * at_zero
+        return slope + 2 * term.quadratic * at_zero * x.abs().to(at_zero.dtype) if term.quadratic else slope
     grouping: Any = term.grouping  # no singular values: those are refused where steps differ by coordinate
-    zero = grouping.spread(term.grouping.polar(x)[0] == 0, x)
-    return torch.where(zero, term.linear * at_zero, term.grad(term.tensor).abs())
+    u, rebuild = grouping.polar(x)
+    slope = rebuild(term.scaled_lam * term.penalty.rho_grad(u)).abs_()
+    return torch.where(grouping.spread(u == 0, x), term.linear * at_zero, slope)
 
 
 def latent_terms(terms: list[Term], gap: Tensor) -> list[Term]:

@@ -225,18 +225,19 @@ class Proximal(Mode):
                 yield batch, list(islice(steps, len(batch.tensors)))
 
     def before_prox(
-        self, batch: TensorBatch, sample: Callable[[list[Term]], Slicer]
+        self, active: list[TensorBatch], sample: Callable[[list[Term]], Slicer]
     ) -> Iterator[tuple[list[Term], float | Tensor]]:
         """For each tensor the terms at what the prox after this update will see, and what will multiply lambda.
 
         Args:
-            batch: the tensors, which the update has moved.
+            active: the tensors, which the update has moved.
             sample: for the terms of a tensor, what takes a part of it and of each tensor beside it.
         """
-        batch, steps = as_one_tensor(batch, self.steps_of(batch))
-        for terms, step in zip(batch.each, steps, strict=True):
-            take = sample(terms)
-            yield sliced(terms, take), step.sliced(take).size
+        for batch, steps in self.with_steps(active):
+            flat, flat_steps = as_one_tensor(batch, steps)
+            for terms, step in zip(flat.each, flat_steps, strict=True):
+                take = sample(terms)
+                yield sliced(terms, take), step.sliced(take).size
 
     def after_update(self, active: list[TensorBatch]) -> None:
         for batch, steps in self.with_steps([batch for batch in active if not batch.inactive]):
@@ -254,21 +255,21 @@ class Dual(Proximal):
     """Dual averaging: `w = prox(latent, S*lam)`; see `dual`."""
 
     def before_prox(
-        self, batch: TensorBatch, sample: Callable[[list[Term]], Slicer]
+        self, active: list[TensorBatch], sample: Callable[[list[Term]], Slicer]
     ) -> Iterator[tuple[list[Term], float | Tensor]]:
         """See `Proximal`: the terms are at the latent weights, and the sum of all steps multiplies lambda."""
-        steps = self.steps_of(batch)
-        states = self._states_of(batch, steps)
-        if isinstance(batch, JointBatch):
-            batch, states, steps = dual_averaging.matrix(batch, states, steps)
-        else:
-            states = dual_averaging.joined_states(batch, states)
-            batch, steps = as_one_tensor(batch, steps)
-        for terms, state, step in zip(batch.each, states, steps, strict=True):
-            take = sample(terms)
-            some = sliced(terms, take)
-            sums = take(state[dual_averaging.STEPS]) + dual_averaging.counted(some, step.sliced(take))
-            yield dual_averaging.latent_terms(some, take(state[dual_averaging.GAP])), sums
+        for batch, steps in self.with_steps(active):
+            states = self._states_of(batch, steps)
+            if isinstance(batch, JointBatch):
+                flat, states, steps = dual_averaging.matrix(batch, states, steps)
+            else:
+                states = dual_averaging.joined_states(batch, states)
+                flat, steps = as_one_tensor(batch, steps)
+            for terms, state, step in zip(flat.each, states, steps, strict=True):
+                take = sample(terms)
+                some = sliced(terms, take)
+                sums = take(state[dual_averaging.STEPS]) + dual_averaging.counted(some, step.sliced(take))
+                yield dual_averaging.latent_terms(some, take(state[dual_averaging.GAP])), sums
 
     def after_update(self, active: list[TensorBatch]) -> None:
         for batch, steps in self.with_steps(active):

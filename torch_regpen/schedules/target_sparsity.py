@@ -25,7 +25,7 @@ __all__ = ["TargetSparsity"]
 # at least, which tells the number of nonzeros to 3%; how far from the target counts as reached; the part of the steps
 # since a restart that pass without a reading; what a prox may round off.
 READINGS, MOST = 100, 20
-ELEMENTS, GROUPS, NONZEROS = 1 << 15, 1 << 13, 1000
+ELEMENTS, GROUPS, NONZEROS = 1 << 15, 1 << 12, 1000
 CLOSE = 0.005
 RECENT = 10
 ROUNDING = 1e-4

@@ -473,7 +473,7 @@ def test_layers_whose_units_are_not_known_are_left():
     assert set(left) == {"cell", "lstm", "out"}
 
 
-def test_channels_that_are_shuffled_between_groups_are_left():
+def test_channels_that_are_shuffled_between_groups_are_followed():
     class Shuffled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -483,7 +483,8 @@ def test_channels_that_are_shuffled_between_groups_are_left():
             x = self.first(x)
             return self.out(x.view(len(x), 2, 4, *x.shape[2:]).transpose(1, 2).flatten(1, 2))
 
-    assert reason(Shuffled(), torch.randn(1, 3, 4, 4), "first")
+    (units,) = coupled_units(Shuffled(), torch.randn(1, 3, 4, 4))[0]
+    assert units.readers[0].index.flatten().tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
 
 
 # The model stays as it is

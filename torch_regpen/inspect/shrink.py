@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_map_only
 
 from ..distributed.shards import DTensor
 from ..penalties.coupling import Inputs, UnitSet, arguments_in, coupled_units, equal_to_rounding
-from ..penalties.coupling_graph import copied_buffers, kept_contents, tensors_in
 from ..penalties.coupling_layers import Slices, port_widths, resize, rows
+from ..penalties.coupling_trace import copied_buffers, kept_contents, tensors_in
 from ..utils import warn
 from .folding import Folding, Map
 

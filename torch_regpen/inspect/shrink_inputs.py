@@ -21,9 +21,10 @@ def shrink_inputs(model: nn.Module, example_inputs: Tensor) -> tuple[nn.Module, 
     """A copy of a model that takes only the input features with a nonzero weight, and the indices of these features.
 
     With `smaller, kept = shrink_inputs(model, x)`, `smaller(x[..., kept])` equals `model(x)` up to rounding. Features
-    are those of the last dimension; for a model whose convolutions read them they are the channels (dimension 1), and
-    it is `smaller(x[:, kept])`. A penalty with `groups="input"` on the first layer makes features unread. At least one
-    feature stays. To remove units too, call `shrink` first: without them, further features may be unread.
+    are those of the last dimension; for a model whose convolutions read them, or that flattens images, they are the
+    channels (dimension 1), and it is `smaller(x[:, kept])`. A penalty with `groups="input"` on the first layer makes
+    features unread. At least one feature stays. To remove units too, call `shrink` first: without them, further
+    features may be unread.
 
     Args:
         model: a model of one floating-point tensor; it is not changed.
@@ -52,7 +53,8 @@ def shrink_inputs(model: nn.Module, example_inputs: Tensor) -> tuple[nn.Module, 
     if not isinstance(example_inputs, Tensor) or not example_inputs.is_floating_point() or not example_inputs.ndim:
         raise TypeError("example_inputs must be one floating-point tensor: the features of other inputs are not known")
     reasons = []
-    for kind in filter(None, (nn.Linear, CONVOLUTIONS.get(example_inputs.ndim))):
+    kinds = [nn.Linear, CONVOLUTIONS.get(example_inputs.ndim)]
+    for kind in filter(None, reversed(kinds) if example_inputs.ndim > 3 else kinds):  # channels of images first
         whole = _Whole(kind, copied_model(model), example_inputs)
         found, left = coupled_units(whole, example_inputs)
         sets = [units for units in found if any(part.module is whole.inputs for part in units.members)]

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parameter import UninitializedParameter
 
-from .coupling_graph import Flow, Row, copied_buffers, kept_contents, tensors_in
-from .coupling_layers import Slices, columns, head_of_rows, inner_columns, rows
-from .lookup import all_refs
+from .coupling_graph import Flow, Row
+from .coupling_layers import Slices, columns, inner_columns, rows
+from .coupling_trace import copied_buffers, kept_contents, tensors_in
 from .units import MULTIPLYING
 
 __all__ = ["Inputs", "Slices", "UnitSet", "arguments_in", "coupled_units", "equal_to_rounding"]
@@ -124,8 +124,6 @@ class _Coupling:
                 n = getattr(owner, key).shape[dim]
                 self.parts[owner, key] = [Slices(owner, key, dim, torch.arange(n).unsqueeze(1))]
         self.order = {part: place for place, part in enumerate(self.parts)}
-        refs = (ref for ref in all_refs(model) if ref.key == "weight" and (ref.owner, "") in self.parts)
-        self.heads = {ref.owner: heads for ref in refs if (heads := head_of_rows(ref))}
 
     def sets(self) -> tuple[list[UnitSet], dict[str, str]]:
         """The sets of units, and why layers are left."""
@@ -153,12 +151,8 @@ class _Coupling:
 
     def _units(self) -> list[_Unit]:
         """The units that layers write; features of the inputs are none."""
-        first: dict[Any, Row] = {}
         found: dict[Row, _Unit] = defaultdict(lambda: _Unit([], {}, set()))
         every = [Row(*part, index) for part, cuts in self.parts.items() for index in range(len(cuts[0].index))]
-        for row in every:
-            head = (row.layer, self.heads[row.layer][row.unit]) if row.layer in self.heads else row
-            self.flow.join(first.setdefault(head, row), row)
         readers: dict[tuple[nn.Module, int], Row] = {}
         for row, read in self.flow.readers.items():
             for reader in read:
@@ -196,10 +190,8 @@ class _Coupling:
         if reason is not None:
             return reason
         writers = Counter(row[:2] for row in unit.rows if self._writes(row[:2]))
-        if "attention" in unit.marks:
-            if not all(layer in self.heads for layer, _ in writers):
-                return "it leads to an attention whose heads are not known"
-        elif any(1 < n == len(self.parts[part][0].index) for part, n in writers.items()):
+        whole = any(1 < n == len(self.parts[part][0].index) for part, n in writers.items())
+        if whole and "attention" not in unit.marks:
             return "its units can only leave all together"
         return None if unit.readers else "no layer was found that reads its units"
 

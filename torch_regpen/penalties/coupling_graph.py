@@ -1,33 +1,22 @@
-"""Which layers write and read the same units, by following the units through the graph of a model.
-
-Torch-Pruning (Fang et al. 2023) makes the graph, from hooks on layers and the autograd graph. Its rules for indices are
-not used, because they guess shapes: here each result carries the list of the rows that wrote it, unit by unit.
-"""
+"""Which layers write and read the same units, by following the units through the graph of a model."""
 
 from __future__ import annotations
 
-import copy
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils.rnn import PackedSequence
-from torch.overrides import TorchFunctionMode
 
-from ..utils import require
-from .coupling_layers import out_index, port_widths
-from .units import transformers_conv1d
+from .coupling_labels import NONE, after, differs, fold, narrowed
+from .coupling_layers import channel_dim, out_index, port_widths
+from .coupling_trace import Call, Trace
 
-__all__ = ["Flow", "Row", "copied_buffers", "kept_contents", "tensors_in"]
+__all__ = ["Flow", "Row"]
 
-OPAQUE = (nn.RNNBase, nn.MultiheadAttention)
-ATTENTION = ("ScaledDotProduct", "Bmm")  # operations that mix the values of a unit at different places
+ATTENTION = ("ScaledDotProduct", "Bmm")  # operations whose units are heads, of which there may be one
 
 
 class Row(NamedTuple):
@@ -38,11 +27,10 @@ class Row(NamedTuple):
     unit: int
 
 
-Labels = Sequence[Row | None]  # the row that wrote each unit of a result; None where no layer did
-
-
 class Flow:
     """The units of a model, followed from the rows that write them to the columns that read them.
+
+    Each result of an operation has a label for each element: the number of the row that wrote it.
 
     Attributes:
         layers: the layers that the forward pass goes through, with the numbers of units that they put out and take in.
@@ -55,26 +43,33 @@ class Flow:
         owners: dict[Tensor, tuple[nn.Module, str]] = {
             p: (m, key) for m in model.modules() for key, p in m._parameters.items() if p is not None
         }
-        nodes, dims, returned, self._shapes = _trace(model, args, kwargs)
-        self.layers = {layer: width for layer in nodes if (width := port_widths(layer)) is not None}
-        self.parameters = {owners[p]: dim for p, dim in dims if p in nodes}
+        trace = Trace(model, args, kwargs)
+        self.layers = {call.layer: width for call in trace.calls if (width := port_widths(call.layer)) is not None}
+        self.parameters = {owners[p]: dim for p, dim in trace.parameters}
         self.readers: dict[Row, list[tuple[nn.Module, int]]] = defaultdict(list)
         self.marks: dict[Row, set[Any]] = defaultdict(set)
+        self._trace = trace
         self._parent: dict[Row, Row] = {}
-        self._labels: dict[Any, Labels] = {}
-        for layer, (written, _) in self.layers.items():
-            self._labels[layer] = [Row(layer, *out_index(layer, unit)) for unit in range(written)]
-        for p in (p for p, _ in dims if p in nodes):
-            self._labels[p] = [Row(*owners[p], index) for index in range(p.shape[self.parameters[owners[p]]])]
-        operations = [node for layer, node in nodes.items() if layer not in self._labels]
-        for node in sorted(operations, key=lambda node: node.grad_fn._sequence_nr()):
-            self._labels[node.module] = self._through(node)
-        for layer in self.layers:
-            for labels in self._inputs(nodes[layer]):
-                self._read(layer, labels)
-        for layer, node in nodes.items():
-            if node.grad_fn in returned:
-                self._mark(self._labels[layer], "output")
+        self._rows: list[Row] = []
+        self._numbers: dict[Row, int] = {}
+        self._labels: dict[Any, Tensor] = {}  # of the results of nodes, and of parameters
+        for p, dim in trace.parameters:
+            self._labels[p] = _along(
+                self._numbered([Row(*owners[p], index) for index in range(p.shape[dim])]), dim, p.shape
+            )
+        for step in trace.steps():
+            if isinstance(step, Call):
+                self._call(step)
+            else:
+                inputs = [self._of(*source) for source in step.next_functions]
+                for number, shape in enumerate(trace.shapes(step)):
+                    labels = after(step, number, inputs, trace.given.get(step, ()), shape, self._join_all)
+                    if labels is not None:
+                        self._labels[step, number] = labels
+                        if step.name().startswith(ATTENTION):
+                            self._mark(labels, "attention")
+        for source in trace.returned:
+            self._mark(self._of(*source), "output")
 
     def find(self, row: Row) -> Row:
         """The row that stands for all that are joined with `row`."""
@@ -84,257 +79,120 @@ class Flow:
             row, parent = parent, self._parent[parent]
         return row
 
-    def join(self, one: Row | None, other: Row | None) -> None:
+    def join(self, one: Row, other: Row) -> None:
         """Make one unit of two."""
-        if one is not None and other is not None and one is not other:
+        if one is not other:
             self._parent[self.find(other)] = self.find(one)
 
-    def _mark(self, labels: Labels, mark: Any) -> None:
-        for label in filter(None, labels):
-            self.marks[label].add(mark)
+    def _numbered(self, rows: list[Row]) -> Tensor:
+        for row in rows:
+            if row not in self._numbers:
+                self._numbers[row] = len(self._rows)
+                self._rows.append(row)
+        return torch.tensor([self._numbers[row] for row in rows], dtype=torch.int64)
 
-    def _read(self, layer: nn.Module, labels: Labels) -> None:
-        own, (_, taken) = self._labels[layer], self.layers[layer]
-        if isinstance(layer, _ConvNd) and layer.groups > 1:
-            per_group = layer.in_channels // layer.groups
-            for unit, label in enumerate(labels[:taken]):
-                self.join(Row(layer, "", unit // per_group), label)
-        elif taken:
-            for unit, label in enumerate(labels[:taken]):
-                if label is not None:
-                    self.readers[label].append((layer, unit))
-        else:
-            for unit, (label, row) in enumerate(zip(labels, own, strict=False)):
-                self.join(row, label)
-                if isinstance(layer, nn.PReLU) and row is not None:
-                    self.readers[row].append((layer, unit))
-        if isinstance(layer, nn.LayerNorm) or (
-            isinstance(layer, nn.GroupNorm) and layer.num_groups != layer.num_channels
-        ):
-            self._mark([*labels, *own], layer)
+    def _of(self, fn: Any, number: int) -> Tensor | None:
+        """The labels of a result of a node, or of a parameter: for each unit one of the numbers of its rows."""
+        labels = self._labels.get(getattr(fn, "variable", (fn, number)))
+        if labels is None:
+            return None
+        different, index = labels[_stored(labels)].unique(return_inverse=True)
+        units = [
+            label if label == NONE else self._numbers[self.find(self._rows[label])] for label in different.tolist()
+        ]
+        return narrowed(torch.tensor(units, dtype=torch.int64)[index].expand_as(labels))
 
-    def _inputs(self, node: Any) -> list[Labels]:
-        """The labels of each input of a node; those of an input that no layer has written are empty."""
-        found: list[Labels] = []
-        inputs = iter(node.inputs)
-        for grad_fn, number in node.grad_fn.next_functions:
-            is_leaf = grad_fn is None or ("AccumulateGrad" in grad_fn.name() and grad_fn.variable not in self._labels)
-            source = None if is_leaf else next(inputs, None)
-            found.append(self._chunk(source, number) if source is not None else [])
-        return [*found, *(self._chunk(source, 0) for source in inputs)]  # of a layer that is used several times
+    def _join_all(self, one: Tensor, other: Tensor) -> None:
+        for a, b in _pairs(one, other):
+            if a != b and a != NONE != b:
+                self.join(self._rows[a], self._rows[b])
 
-    def _chunk(self, node: Any, number: int) -> Labels:
-        """The labels of one of the results of a node; a node that splits has several."""
-        labels, fn = self._labels.get(node.module, []), node.grad_fn
-        if "Split" not in fn.name() or not hasattr(fn, "_saved_dim"):
-            return labels
-        shape = fn._saved_self_sym_sizes
-        if shape[_signed(fn._saved_dim, len(shape))] != len(labels):
-            return labels
-        sizes = getattr(fn, "_saved_split_sizes", None) or [fn._saved_split_size] * (number + 1)
-        start = sum(sizes[:number])
-        return labels[start : start + sizes[number]]
+    def _mark(self, labels: Tensor | None, mark: Any) -> None:
+        if labels is not None:
+            for label in labels.unique().tolist():
+                if label != NONE:
+                    self.marks[self._rows[label]].add(mark)
 
-    def _through(self, node: Any) -> Labels:
-        """The labels of what an operation puts out."""
-        fn, inputs = node.grad_fn, self._inputs(node)
-        name, shapes = fn.name(), self._shapes.get(fn)
-        if name.startswith("Cat") and shapes is not None and len(shapes.given) == len(inputs):
-            dim = _signed(fn._saved_dim, len(shapes.out))
-            sizes = [shape[dim] if len(shape) == len(shapes.out) else 0 for shape in shapes.given]  # 0: an empty tensor
-            if all(len(labels) in (0, size) for labels, size in zip(inputs, sizes, strict=True)):
-                return [each for labels, size in zip(inputs, sizes, strict=True) for each in labels or [None] * size]
-        if name.startswith("ScaledDotProduct") and shapes is not None:  # keys and values may have fewer heads
-            inputs = [_repeat_heads(labels, math.prod(shapes.out[1::2]), shapes.out[-1]) for labels in inputs]
-        labels = self._merge(inputs)
-        if not labels:
-            return labels
-        if name.startswith(ATTENTION):
-            self._mark(labels, "attention")
-        if name.startswith("Glu"):
-            return self._fold(labels, [[unit, unit + len(labels) // 2] for unit in range(len(labels) // 2)])
-        if name.startswith("Slice"):
-            shape = fn._saved_self_sym_sizes
-            dim = _signed(fn._saved_dim, len(shape))
-            if shape[dim] == len(labels) and dim in (1, len(shape) - 1):
-                return labels[fn._saved_start : fn._saved_end : fn._saved_step]
-        if shapes is not None and hasattr(fn, "_saved_self_sym_sizes"):
-            return self._reshaped(labels, tuple(fn._saved_self_sym_sizes), shapes.out)
+    def _call(self, call: Call) -> None:
+        """Read the inputs of a layer, and label its outputs."""
+        layer, (written, taken) = call.layer, self.layers[call.layer]
+        own = self._numbered([Row(layer, *out_index(layer, unit)) for unit in range(written)])
+        inputs = [self._of(*source) for source in call.inputs]
+        shapes = [self._trace.shapes(fn)[number] for fn, number in call.outputs]
+        dim = channel_dim(layer, shapes[0], differs(inputs[0]) if inputs and inputs[0] is not None else ())
+        if shapes[0][dim] != written:
+            return  # a subclass that does something else
+        outputs = [_along(own, dim, shapes[0])]
+        if isinstance(layer, nn.RNNBase) and not layer.proj_size:
+            outputs += [self._states(layer, shape) for shape in shapes[1:]]
+            for labels in (labels for labels in inputs[1:] if labels is not None):
+                self._join_all(labels, self._states(layer, labels.shape))
+        readable = inputs if isinstance(layer, nn.MultiheadAttention) else inputs[:1]
+        for labels in (labels for labels in readable if labels is not None):
+            if taken and labels.shape[channel_dim(layer, labels.shape)] == taken:
+                self._read(layer, labels)
+            elif not taken:
+                outputs = [self._pass(layer, labels, outputs[0], dim % labels.ndim)]
+        for source, labels in zip(call.outputs, outputs, strict=False):
+            self._labels[source] = labels
+
+    def _states(self, layer: nn.RNNBase, shape: Sequence[int]) -> Tensor:
+        """The labels of the states of all layers and directions of a recurrent layer."""
+        suffixes = ("", "_reverse") if layer.bidirectional else ("",)
+        parts = [f"l{number}{suffix}" for number in range(layer.num_layers) for suffix in suffixes]
+        rows = [self._numbered([Row(layer, part, unit) for unit in range(layer.hidden_size)]) for part in parts]
+        return torch.stack([_along(each, -1, shape[1:]) for each in rows])
+
+    def _read(self, layer: nn.Module, labels: Tensor) -> None:
+        """Note which columns of a layer read which rows."""
+        dim = channel_dim(layer, labels.shape)
+        along = differs(labels)
+        if along and dim % labels.ndim not in along:
+            return  # it mixes places, and each unit on its own
+        per_group = layer.in_channels // layer.groups if isinstance(layer, _ConvNd) and layer.groups > 1 else 0
+        columns = _along(torch.arange(labels.shape[dim]), dim, labels.shape)
+        for label, column in _pairs(labels, columns):
+            if label != NONE and per_group:
+                self.join(Row(layer, "", column // per_group), self._rows[label])
+            elif label != NONE:
+                self.readers[self._rows[label]].append((layer, column))
+
+    def _pass(self, layer: nn.Module, labels: Tensor, own: Tensor, dim: int) -> Tensor:
+        """The labels of what a layer puts out that scales each of its inputs, such as a norm."""
+        along, over = differs(labels), set()
+        if isinstance(layer, nn.GroupNorm) and layer.num_groups != layer.num_channels:
+            over = {dim}
+        elif isinstance(layer, nn.LayerNorm):
+            n = len(layer.normalized_shape)
+            over = {dim} if n == 1 else set(range(labels.ndim - n, labels.ndim))
+        if over & set(along) and set(along) <= over:
+            self._mark(labels, layer)
+            self._mark(own, layer)
+        if set(along) <= {dim}:
+            self._join_all(own, labels)
+            if isinstance(layer, nn.PReLU):
+                for label, column in _pairs(own, _along(torch.arange(own.shape[dim]), dim, own.shape)):
+                    self.readers[self._rows[label]].append((layer, column))
+            return own
+        for each in over:  # a norm of each head, say, which has the same scale for all heads
+            labels = fold(labels, each, self._join_all).expand_as(labels)
         return labels
 
-    def _reshaped(self, labels: Labels, before: tuple[int, ...], after: tuple[int, ...]) -> Labels:
-        """The labels of a tensor that is flattened, unflattened, or repeated head by head for grouped queries."""
-        n, kept = len(labels), len(after) - 1
-        merged = before[kept:]  # into the last dimension
-        if len(merged) > 1 and n in merged and math.prod(merged) == after[-1] != n:
-            place = merged.index(n)
-            inner = [label for label in labels for _ in range(math.prod(merged[place + 1 :]))]
-            return inner * math.prod(merged[:place])
-        if len(before) == 2 < len(after) and math.prod(after[1:]) == before[1] == n:
-            size = n // after[1]
-            return self._fold(labels, [list(range(unit * size, (unit + 1) * size)) for unit in range(after[1])])
-        if len(before) == len(after) == 5 and before[2] == 1 and before[1] * before[-1] == n:
-            return _repeat_heads(labels, n * after[2], before[-1])
-        return labels
 
-    def _fold(self, labels: Labels, together: list[list[int]]) -> Labels:
-        for units in together:
-            for unit in units[1:]:
-                self.join(labels[units[0]], labels[unit])
-        return [labels[units[0]] for units in together]
-
-    def _merge(self, inputs: list[Labels]) -> Labels:
-        """The labels of what is computed element by element from several inputs."""
-        n = max(map(len, inputs), default=0)
-        merged: list[Row | None] = [None] * n
-        for labels in inputs:
-            if len(labels) < n:
-                continue  # none, or units that lie along another dimension
-            for unit, label in enumerate(labels):
-                self.join(merged[unit], label)
-                merged[unit] = merged[unit] or label
-        return merged
+def _along(labels: Tensor, dim: int, shape: Sequence[int]) -> Tensor:
+    """One label for each index of a dimension, for all elements of a tensor."""
+    view = [1] * len(shape)
+    view[dim] = -1
+    return labels.view(view).expand(tuple(shape))
 
 
-def _repeat_heads(labels: Labels, n: int, size: int) -> Labels:
-    """The labels of heads of this size, each repeated so that there are `n` labels."""
-    if not labels or n % len(labels) or len(labels) % size:
-        return labels
-    starts = range(0, len(labels), size)
-    return [label for start in starts for _ in range(n // len(labels)) for label in labels[start : start + size]]
+def _pairs(one: Tensor, other: Tensor) -> list[list[int]]:
+    """The different pairs of the elements of two tensors."""
+    one, other = torch.broadcast_tensors(one[_stored(one)], other[_stored(other)])
+    pairs: list[list[int]] = torch.stack([one.flatten(), other.flatten()], 1).unique(dim=0).tolist()
+    return pairs
 
 
-class _Shapes(NamedTuple):
-    out: tuple[int, ...]
-    given: list[tuple[int, ...]]
-
-
-class _RecordShapes(TorchFunctionMode):
-    """Records the shapes of what functions return, and for `torch.cat` of what they are given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: dict[Any, _Shapes] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and out.grad_fn is not None:
-            is_cat = getattr(func, "__name__", "") in ("cat", "concat", "concatenate", "hstack", "column_stack")
-            given: Any = [*args, *(kwargs or {}).values()][0] if is_cat else ()
-            # A function such as dropout in eval mode returns what another one has made.
-            self.shapes.setdefault(out.grad_fn, _Shapes(tuple(out.shape), [tuple(tensor.shape) for tensor in given]))
-        return out
-
-
-def _trace(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[dict[Any, Any], list[tuple[Tensor, int]], set[Any], dict[Any, _Shapes]]:
-    """Run a model once: nodes by layer, parameters outside of layers, what the model returns, and shapes."""
-    with require("units that span tensors need Torch-Pruning", "pruning"):
-        import torch_pruning as tp
-
-    class Graph(tp.DependencyGraph):  # type: ignore[misc]
-        def _build_dependency(self, module2node: dict[Any, Any]) -> None:
-            self.nodes = dict(module2node)
-            module2node.clear()  # so that nothing more is made of it
-
-    record = _RecordShapes()
-    returned: set[Any] = set()
-
-    def forward(model: nn.Module, _: Any) -> list[Tensor]:
-        with record:
-            out = functional_call(model, copied_buffers(model), args, kwargs)
-        tensors = [tensor for tensor in tensors_in(out) if tensor.grad_fn is not None]
-        returned.update(tensor.grad_fn for tensor in tensors)
-        return tensors
-
-    opaque: list[nn.Module] = [module for module in model.modules() if isinstance(module, OPAQUE)]
-    custom = {type(module): None for module in model.modules() if isinstance(module, OPAQUE + transformers_conv1d())}
-    graph = Graph()
-    with _as_one_operation(opaque):
-        graph.build_dependency(model, (), forward_fn=forward, customized_pruners=custom, verbose=False)
-    return graph.nodes, [(p, dim) for p, dim in graph.unwrapped_parameters], returned, record.shapes
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point() or value.is_complex():
-            yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from tensors_in(each)
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from tensors_in(each)
-
-
-def copied_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers of a model by name, for `functional_call`, so that the model's own stay as they are."""
-    return {name: buffer.clone() for name, buffer in model.named_buffers()}
-
-
-@contextmanager
-def kept_contents(model: nn.Module) -> Iterator[None]:
-    """Afterwards the dicts and lists of all modules have the contents that they had: no hook, nothing cached."""
-    kept = [
-        (x, copy.copy(x)) for module in model.modules() for x in vars(module).values() if isinstance(x, dict | list)
-    ]
-    try:
-        yield
-    finally:
-        for container, before in kept:
-            container.clear()
-            container.update(before) if isinstance(container, dict) else container.extend(before)
-
-
-def _signed(dim: int, ndim: int) -> int:
-    return (dim - 2**64 if dim >= 2**63 else dim) % ndim  # autograd saves -1 as an unsigned number
-
-
-class _Operation(torch.autograd.Function):
-    """Results that depend on inputs, as one node of the autograd graph, which is never run backward."""
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensor.clone() for tensor in tensors[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise NotImplementedError
-
-
-@contextmanager
-def _as_one_operation(modules: list[nn.Module]) -> Iterator[None]:
-    """Within it each of the modules is one node of the autograd graph, whatever it does inside."""
-    before = {module: module.__dict__.get("forward") for module in modules}
-
-    def stand_in(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with torch.no_grad():
-                out = forward(*args, **kwargs)
-            results = list(tensors_in(out))
-            inputs = list(tensors_in((args, list(kwargs.values()))))
-            inputs.append(torch.zeros((), requires_grad=True))  # so that there is a node, also where no input has one
-            return _replace(out, iter(_Operation.apply(len(results), *results, *inputs)))
-
-        return run
-
-    for module in modules:
-        module.forward = stand_in(module.forward)
-    try:
-        yield
-    finally:
-        for module, forward in before.items():
-            del module.forward
-            if forward is not None:
-                module.forward = forward
-
-
-def _replace(value: Any, tensors: Iterator[Tensor]) -> Any:
-    """The value with its floating-point tensors replaced, in their order."""
-    if isinstance(value, PackedSequence):
-        return PackedSequence(next(tensors), *value[1:])
-    if isinstance(value, tuple):
-        return tuple(_replace(each, tensors) for each in value)
-    return next(tensors) if isinstance(value, Tensor) and value.is_floating_point() else value
+def _stored(labels: Tensor) -> tuple[slice, ...]:
+    """The part of expanded labels that lies in memory, which can be expanded to all of them."""
+    return tuple(slice(None) if stride else slice(0, 1) for stride in labels.stride())

@@ -6,6 +6,7 @@ head in q, k and v. The filters of a group of a grouped convolution are one row,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ..groups.layouts import Heads, Units
-from .lookup import ParameterRef
-from .units import GATES, _Attention, grouping_of, is_attention_projection, transformers_conv1d
+from .units import GATES, transformers_conv1d
 
-__all__ = ["Slices", "columns", "head_of_rows", "inner_columns", "out_index", "port_widths", "resize", "rows"]
+__all__ = [
+    "Slices",
+    "channel_dim",
+    "columns",
+    "inner_columns",
+    "out_index",
+    "port_widths",
+    "resize",
+    "rows",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +139,24 @@ def port_widths(layer: Any) -> tuple[int, int] | None:
     return (layer.normalized_shape[-1], 0) if isinstance(layer, nn.LayerNorm) else None
 
 
+def channel_dim(layer: Any, shape: Sequence[int], along: Sequence[int] = ()) -> int:
+    """The dimension along which the units of a layer's inputs and outputs lie.
+
+    Args:
+        layer: the layer.
+        shape: the shape of the input or output.
+        along: the dimensions along which the units of the input lie, where known.
+    """
+    if isinstance(layer, _ConvNd):
+        return -1 - len(layer.kernel_size)
+    if isinstance(layer, _InstanceNorm):
+        return 0 if len(shape) == layer._get_no_batch_dim() else 1
+    if isinstance(layer, nn.LayerNorm):  # timm and torchvision have subclasses for images, whose channels come first
+        fitting = [dim for dim, size in enumerate(shape) if size == layer.normalized_shape[-1]]
+        return max((dim for dim in fitting if dim in along), default=max(fitting, default=-1))
+    return 1 if isinstance(layer, _NormBase | nn.GroupNorm | nn.PReLU) else -1
+
+
 def resize(module: nn.Module, before: dict[str, Any]) -> None:
     """Make the attributes of a layer fit its parameters, after slices of them were removed.
 
@@ -169,25 +196,6 @@ def out_index(module: nn.Module, unit: int) -> tuple[str, int]:
         direction, row = divmod(unit, module.proj_size or module.hidden_size)
         return f"l{module.num_layers - 1}{'_reverse' * direction}", row
     return ("out_proj" if isinstance(module, nn.MultiheadAttention) else ""), unit
-
-
-def head_of_rows(ref: ParameterRef) -> list[int] | None:
-    """The head of each row of a projection of attention; None where the weight is of another layer, or not known."""
-    if not is_attention_projection(ref) or isinstance(ref.owner, nn.MultiheadAttention):
-        return None
-    n = _Attention(ref).heads
-    if n is None:
-        return None
-    ref.warned = True  # the graph says which rows of q, k and v belong together, whatever the layer's library
-    try:
-        grouping = grouping_of(Heads(n), ref, ref.owner.weight.shape)  # type: ignore[union-attr,arg-type]
-    except ValueError:
-        return None
-    if not isinstance(grouping, Units):
-        return None
-    along = grouping.kept[0]
-    parts, heads, size = grouping.shape[along - 1 : along + 2]
-    return torch.arange(heads).repeat_interleave(size).repeat(parts).tolist()
 
 
 def _cut(module: nn.Module, key: str, dim: int, units: int, n: int | None = None) -> list[Slices]:

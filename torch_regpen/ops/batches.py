@@ -226,7 +226,7 @@ def as_one_tensor(batch: TensorBatch, steps: Sequence[Step]) -> tuple[TensorBatc
         step = steps[0]
     elif (fused := adaptive(steps)) is not None:
         moments, numerators, eps, max_change = fused
-        numerators, eps = (spread_scalars(x, batch.tensors) if x.ndim else x for x in (numerators, eps))
+        numerators, eps = spread_scalars(batch.tensors, numerators, eps)
         step = Step(numerators, max_change, moment=joined(moments), eps=eps)
     else:
         sizes = [_expanded(step.size, w) for step, w in zip(steps, batch.tensors, strict=True)]

@@ -164,11 +164,17 @@ def buffer_like(x: Tensor, buffer: Tensor | None) -> Tensor | None:
     return buffer if buffer is not None and buffer.shape == x.shape else torch.empty_like(x)
 
 
-def spread_scalars(xs: Tensor, ws: Sequence[Tensor]) -> Tensor:
-    """An element for each tensor of a pack, as one for each of theirs, `joined`; of a single tensor, 0-dim."""
+def spread_scalars(ws: Sequence[Tensor], *xs: Tensor) -> tuple[Tensor, ...]:
+    """Expand one number per tensor of a pack to one per element, `joined`.
+
+    Args:
+        ws: the pack.
+        xs: each with an element for each tensor, or 0-dim for all, which stays as it is.
+    """
     if len(ws) == 1:
-        return xs[0]
-    if xs.device.type == "cpu":  # elsewhere the sizes would have to be copied to the device
-        sizes = [w.numel() for w in ws]
-        return xs.repeat_interleave(torch.tensor(sizes, device="cpu"), output_size=sum(sizes))
-    return joined([x.expand_as(w) for x, w in zip(xs.unbind(), ws, strict=True)])
+        return tuple(x[0] if x.ndim else x for x in xs)
+    if xs[0].device.type != "cpu":  # elsewhere the sizes would have to be copied to the device
+        return tuple(joined([y.expand_as(w) for y, w in zip(x, ws, strict=True)]) if x.ndim else x for x in xs)
+    sizes = [w.numel() for w in ws]
+    index = torch.repeat_interleave(torch.tensor(sizes, device="cpu"), output_size=sum(sizes))
+    return tuple(x.index_select(0, index) if x.ndim else x for x in xs)

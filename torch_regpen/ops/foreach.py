@@ -117,7 +117,7 @@ def soft_threshold_(ws: Sequence[Tensor], t: Scalar) -> None:
 def threshold_latent_(ws: Sequence[Tensor], gaps: Sequence[Tensor], ts: Tensor) -> None:
     """With `z = w + gap`: `w = sign(z) * max(|z| - t, 0)` and `gap = z - w`, an element of `ts` for each tensor."""
     ws, gaps = local_shards(ws), local_shards(gaps)
-    t = spread_scalars(ts, ws)
+    (t,) = spread_scalars(ws, ts)
     for some_ws, some_gaps in zip_chunks(ws, gaps):
         _threshold_latent_(some_ws, some_gaps, t)
 
@@ -151,7 +151,7 @@ def threshold_latent_each_(
     most, buffer = max_change / factor, None
     for run in half_chunks(ws):
         some = ws[run]
-        numerator, e = (spread_scalars(x[run], some) if x.ndim else x for x in (numerators, eps))
+        numerator, e = spread_scalars(some, *(x[run] if x.ndim else x for x in (numerators, eps)))
         for piece in zip_chunks(some, gaps[run], sums[run], moments[run]):
             some_ws, some_gaps, some_sums, some_moments = piece
             s, moment = joined(some_sums), joined_wide(some_moments)
@@ -181,7 +181,7 @@ def soft_threshold_each_(
     ws, buffer = local_shards(ws), None
     for run in half_chunks(ws):
         some = ws[run]
-        numerator, e = (spread_scalars(x[run], some) if x.ndim else x for x in (numerators, eps))
+        numerator, e = spread_scalars(some, *(x[run] if x.ndim else x for x in (numerators, eps)))
         for some_ws, some_moments in zip_chunks(some, moments[run]):
             moment = joined_wide(some_moments)
             buffer = buffer_like(moment, buffer)

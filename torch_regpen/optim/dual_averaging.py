@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -47,10 +48,10 @@ def make_gaps(parameters: Sequence[Tensor], states: Sequence[State], steps: Sequ
         if GAP not in state:
             state[GAP] = torch.zeros_like(parameter, dtype=wide)
             state[STEPS] = torch.zeros((), dtype=real, device=device)
-        gap, sums = state[GAP], state[STEPS]
-        if gap.dtype != wide or sums.dtype != real or gap.device != device or sums.device != device:
-            state[GAP], state[STEPS] = gap.to(device, wide), sums.to(device, real)  # of a model that was cast, or moved
-        if not sums.ndim and step.by_element:
+        gap = state[GAP]
+        if gap.dtype is not wide or gap.device != device:  # of a model that was cast, or moved, as the sums were
+            state[GAP], state[STEPS] = gap.to(device, wide), state[STEPS].to(device, real)
+        if step.by_element:
             _spread_steps(parameter, state)
 
 
@@ -179,7 +180,8 @@ def joined_states(batch: TensorBatch, states: Sequence[State]) -> list[State]:
         return [{GAP: joined(gaps), STEPS: joined(sums)}]
     if any(s.ndim for s in sums):
         return [{GAP: joined(gaps), STEPS: joined([s.expand_as(w) for s, w in zip(sums, gaps, strict=True)])}]
-    return [{GAP: joined(gaps), STEPS: spread_scalars(torch.stack(sums), gaps)}]
+    (spread,) = spread_scalars(gaps, torch.stack(sums))
+    return [{GAP: joined(gaps), STEPS: spread}]
 
 
 def matrix(
@@ -225,8 +227,8 @@ def counted(terms: list[Term], step: Step) -> float | Tensor:
 
 @on_local_shards
 def _counted(terms: list[Term], size: Tensor, max_change: float | Tensor) -> Tensor:
-    slope: Any = sum(_slope(term) for term in terms)
-    return torch.minimum(size, max_change / slope.clamp_min(torch.finfo(size.dtype).tiny))
+    slope = reduce(torch.add, map(_slope, terms)).clamp_min(torch.finfo(size.dtype).tiny)
+    return torch.minimum(size, max_change / slope)
 
 
 def _slope(term: Term) -> Tensor:

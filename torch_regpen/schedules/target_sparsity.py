@@ -21,7 +21,7 @@ from .ramps import checked_count, scale_lambdas
 __all__ = ["TargetSparsity"]
 
 # Of TargetSparsity: the least number of readings in a ramp, up to one each MOST steps; the least number of elements, or
-# groups, that a reading takes, which tell the fraction of zeros to 0.3, or 0.6 points; how many of them stay nonzero,
+# groups, that a reading takes, which tell the fraction of zeros to 0.3, or 0.8 points; how many of them stay nonzero,
 # at least, which tells the number of nonzeros to 3%; how far from the target counts as reached; the part of the steps
 # since a restart that pass without a reading; what a prox may round off.
 READINGS, MOST = 100, 20

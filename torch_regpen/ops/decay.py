@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..distributed.shards import local
 from ..functional import magnitudes, soft_threshold
 from . import foreach
 from .batches import JointBatch, TensorBatch
@@ -40,8 +41,22 @@ def decay_(batch: TensorBatch, step: Scalar) -> None:
             foreach.soft_threshold_(batch.tensors, step * linear)
         return
     for terms in batch.each:
-        for some, take in chunked_terms([term for term in terms if not term.inactive]):
+        terms = [term for term in terms if not term.inactive]
+        if _pull_to_center_(terms, step):
+            continue
+        for some, take in chunked_terms(terms):
             some[0].tensor.copy_(decayed(some, take(step)))
+
+
+def _pull_to_center_(terms: list[Term], step: Scalar) -> bool:
+    """`decayed` of a single L2 around a center, in place; returns False, and does nothing, for other terms."""
+    if len(terms) != 1 or isinstance(step, Tensor) or not terms[0].uniform_offset:
+        return False
+    term = terms[0]
+    if term.center is None or term.center.dtype != term.tensor.dtype or term.linear or not term.quadratic:
+        return False
+    local(term.tensor).lerp_(local(term.center), 1 - _shrink_factor(step, term.lam * term.quadratic))
+    return True
 
 
 def decay_where_inward_(batch: TensorBatch, step: Scalar, updates: Sequence[Combination]) -> None:

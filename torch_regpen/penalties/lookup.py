@@ -80,11 +80,8 @@ class ParameterRef:
     def location(self) -> tuple[dict[str, Any], str] | None:
         """The dict and the key that hold the parameter, to check cheaply whether it is still the same.
 
-        None if that check is not enough: if there are weights or a center, or while the parameter is lazy, parametrized
-        or replaced by `functional_call`.
+        None if that check is not enough: while the parameter is lazy, parametrized or replaced by `functional_call`.
         """
-        if self.weights or self.centers:
-            return None
         if self.owner is None:
             return self.__dict__, "tensor"
         parameters = self.owner._parameters

@@ -1,4 +1,4 @@
-"""Helpers for all modules: optional packages, warnings, progress bars and tables."""
+"""Helpers for all modules: optional packages, warnings, progress bars, lists of names and tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-__all__ = ["format_table", "require", "warn", "with_progress_bar"]
+__all__ = ["first_names", "format_table", "require", "warn", "with_progress_bar"]
 
 Item = TypeVar("Item")
 
@@ -65,6 +65,25 @@ def warn(message: str) -> None:
 def _is_internal(module: str) -> bool:
     """Whether a module is of this package, or has the decorators of torch, such as no_grad."""
     return module.split(".")[0] == __package__ or module == "torch.utils._contextlib"
+
+
+def first_names(names: Iterable[str], most: int = 4, separator: str = ", ") -> str:
+    """Join the first names, and count the others, so that a message about a large model stays short.
+
+    Args:
+        names: the names.
+        most: the number of names to show.
+        separator: the text between two names.
+
+    Example:
+        >>> from torch_regpen.utils import first_names
+        >>> first_names(["0.weight", "2.weight", "4.weight"], most=2)
+        '0.weight, 2.weight and 1 other'
+    """
+    names = list(names)
+    others = len(names) - most
+    shown = separator.join(names[:most])
+    return shown if others < 1 else f"{shown} and {others} other{'s' * (others > 1)}"
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:

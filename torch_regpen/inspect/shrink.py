@@ -21,7 +21,7 @@ from ..distributed.shards import DTensor
 from ..penalties.coupling import Inputs, UnitSet, arguments_in, coupled_units, equal_to_rounding
 from ..penalties.coupling_graph import copied_buffers, kept_contents, tensors_in
 from ..penalties.coupling_layers import Slices, port_widths, resize, rows
-from ..utils import warn
+from ..utils import first_names, warn
 from .folding import Folding, Map
 
 __all__ = ["shrink"]
@@ -145,7 +145,8 @@ class Shrinking:
     def warn_about_what_stays(self, what: str) -> None:
         """Name what stays."""
         if self.stay:
-            warn(f"shrink could not remove all {what}. What stays, and why: {'; '.join(self.stay)}")
+            shown = first_names(self.stay, most=8, separator="; ")
+            warn(f"shrink could not remove all {what}. These stay, for these reasons: {shown}")
 
     def cuts(self, sets: Sequence[UnitSet]) -> list[Cut]:
         """The zero units that can leave, as far as the modules tell."""

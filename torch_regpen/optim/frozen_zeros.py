@@ -18,7 +18,7 @@ from ..groups import Elements
 from ..groups.grouping import largest
 from ..ops.batches import TensorBatch
 from ..ops.terms import Term
-from ..utils import warn
+from ..utils import first_names, warn
 from .dual_averaging import GAP, STEPS
 
 __all__ = ["FrozenZeros", "restore_own_state"]
@@ -77,8 +77,8 @@ class FrozenZeros:
         names = self._entirely_held(work)
         if names:
             warn(
-                f"all penalized weights of {', '.join(names)} are zero and stay zero, so nothing passes through them. "
-                "If that is not wanted, call unfreeze_zeros() and lower lambda or the target, or exclude them"
+                f"all penalized weights of {first_names(names)} are zero and stay zero, so nothing passes through "
+                "them. To avoid this, call unfreeze_zeros() and lower lambda or the target, or exclude these parameters"
             )
 
     def _entirely_held(self, work: list[list[Term]]) -> list[str]:

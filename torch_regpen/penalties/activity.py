@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from ..groups.grouping import working_dtype
+from ..utils import first_names
 from .lookup import spellings
 from .param_groups import ParamGroup
 
@@ -87,7 +88,7 @@ class ActivityPenalty(nn.Module):
             )
         }
         if not watched:
-            names = ", ".join(name for name, _ in model.named_modules() if name)
+            names = first_names((name for name, _ in model.named_modules() if name), most=8)
             raise ValueError(f"select={select!r} matches no module; the modules are: {names}")
         self._names = list(watched)
         self._handles: list[RemovableHandle] = [
@@ -126,8 +127,7 @@ class ActivityPenalty(nn.Module):
 
     def extra_repr(self) -> str:
         """The text inside the parentheses of the repr."""
-        shown = ", ".join(self._names[:4]) + (", ..." if len(self._names) > 4 else "")
-        return f"lam={self.lam:g}, kind={self.kind!r}, {len(self._names)} modules: {shown}"
+        return f"lam={self.lam:g}, kind={self.kind!r}, {len(self._names)} modules: {first_names(self._names)}"
 
     def _refuse(self, other: object) -> Any:
         raise TypeError(

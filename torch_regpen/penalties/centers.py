@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..distributed.shards import full_tensor, shard_like
 from ..groups import NM, Elements, Grouping, SingularValues
+from ..utils import first_names
 from .lookup import ParameterRef, spellings
 
 __all__ = ["center_sums", "check_center", "checked_center", "checked_weights", "entries_by_parameter", "stored_for"]
@@ -41,7 +42,8 @@ def entries_by_parameter(
     known = {name for called in names.values() for name in called}
     unknown = sorted(key for key in given if known.isdisjoint(spellings(key)))
     if unknown and argument == "weights":
-        raise ValueError(f"weights has the names {unknown}, which are not among the penalized parameters")
+        shown = first_names(map(repr, unknown))
+        raise ValueError(f"weights has names that are not among the penalized parameters: {shown}")
     given = {**{spellings(key)[-1]: entry for key, entry in given.items()}, **given}
     for key, (ref, name, tensor) in found.items():
         yield ref, name, tensor, next((given[called] for called in names[key] if called in given), None)

@@ -15,6 +15,7 @@ from ..groups import NM, Coupled, Grouping, Groups, Heads
 from ..ops.batches import TensorBatch, batches
 from ..ops.terms import Term, by_tensor
 from ..scalar import ScalarL0
+from ..utils import first_names
 from .cache import TermCache
 from .centers import center_sums, check_center, checked_weights, entries_by_parameter, stored_for, take_centers
 from .joint import CoupledUnits
@@ -167,9 +168,8 @@ class PenalizedParameters(nn.Module):
         """The text inside the parentheses of the repr."""
         names = [name for name, _ in self.named_parameters_penalized()]
         lams = ", ".join(f"{group['lam']:g}" for group in self.param_groups)
-        shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
         groups = "" if self.groups is None else f"groups={self.groups!r}, "
-        return f"lam={lams}, {groups}{len(names)} parameters: {shown}"
+        return f"lam={lams}, {groups}{len(names)} parameters: {first_names(names)}"
 
     def get_extra_state(self) -> Tensor:
         """The lambda of each parameter group in float64, followed by a checksum of the center if there is one."""

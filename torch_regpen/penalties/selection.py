@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from ..utils import warn
+from ..utils import first_names, warn
 from .lookup import ParameterRef, Structure, all_refs, refuse_flattened, spellings, tensor_ref
 from .rules import Params, Rule, Select, _is_matrix, is_weight
 
@@ -157,11 +157,10 @@ class Selection:
             for name in difflib.get_close_matches(glob.replace("*", ""), names, n=3, cutoff=0.3)
         ]
         shown = list(dict.fromkeys(near)) or names
-        more = ", ..." if len(shown) > 8 else ""
         less = "" if self.exclude is None else f" without exclude={self.exclude.given!r}"
         return (
             f"select={self.select.given!r}{less} matches none of the {len(names)} parameters of {kind}; "
-            f"{'near matches' if near else 'its parameters are'}: {', '.join(shown[:8])}{more}"
+            f"{'near matches' if near else 'its parameters are'}: {first_names(shown, most=8)}"
         )
 
 
@@ -197,9 +196,9 @@ def _of_tensors(params: Any, select: Select | None, exclude: Select | None) -> l
     flat = [ref.name for ref in refs if not _is_matrix(ref.tensor)]  # type: ignore[arg-type]
     if select is None and flat and len(refs) > 1:
         warn(
-            f"biases or norm scales seem to be among the {len(refs)} tensors: {', '.join(flat[:4])}"
-            f"{', ...' if len(flat) > 4 else ''} have fewer than 2 dimensions of size above 1, and are penalized too. "
-            "Give the module or select='weights' to leave them out, or select='all' to silence this warning"
+            f"biases or norm scales seem to be among the {len(refs)} tensors, and are penalized too. These have fewer "
+            f"than 2 dimensions of size above 1: {first_names(flat)}. Give the module or select='weights' to leave "
+            "them out, or select='all' to silence this warning"
         )
     if select == "weights":
         refs = [ref for ref in refs if is_weight(ref, ref.key, ref.tensor)]  # type: ignore[arg-type]

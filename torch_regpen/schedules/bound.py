@@ -15,6 +15,7 @@ from ..ops.terms import Term, by_tensor
 from ..ops.value import mean_omega
 from ..optim.wrapper import RegularizedOptimizer
 from ..penalties.base import Penalty
+from ..utils import first_names
 
 __all__ = ["Bound"]
 
@@ -167,10 +168,8 @@ class Bound:
         self._attach(frozen=True)
         saved = state_dict["tensors"]
         if [set(states) for states in saved] != [set(states) for states in self._state]:
-            raise ValueError(
-                f"the state has multipliers for {[sorted(states) for states in saved]}, and the penalties have "
-                f"{[sorted(states) for states in self._state]}"
-            )
+            found, wanted = ([first_names(sorted(states)) for states in each] for each in (saved, self._state))
+            raise ValueError(f"the state has multipliers for {found}, but the penalties have {wanted}")
         for kept, others in zip(self._state, saved, strict=True):
             if any(others[name].keys() != state.keys() for name, state in kept.items()):
                 raise ValueError(

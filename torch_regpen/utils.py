@@ -55,7 +55,7 @@ def with_progress_bar(items: Iterable[Item], name: str, total: int, done: int = 
 
 
 def warn(message: str) -> None:
-    """Issue a `UserWarning` that points to the innermost line outside this package: the line of the user."""
+    """Issue a `UserWarning` that points to the innermost line outside this package, which is the user's."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and _is_internal(frame.f_globals.get("__name__", "")):
         level, frame = level + 1, frame.f_back
@@ -63,7 +63,7 @@ def warn(message: str) -> None:
 
 
 def _is_internal(module: str) -> bool:
-    """Whether a module is of this package, or has the decorators of torch, such as no_grad."""
+    """Whether a module belongs to this package, or holds torch's decorators, such as no_grad."""
     return module.split(".")[0] == __package__ or module == "torch.utils._contextlib"
 
 

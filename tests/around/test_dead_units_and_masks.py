@@ -185,7 +185,7 @@ def test_layers_with_several_weights_of_their_own(make):
 
 
 def test_what_cannot_be_masked_is_refused_and_nothing_is_changed(model, one_rank):
-    with pytest.raises(ValueError, match=r"'w' is a tensor without a module"):
+    with pytest.raises(ValueError, match=r"'w' is not in a module"):
         prune_masks(L1([("w", torch.zeros(2, requires_grad=True))], 0.1))
     parametrizations.orthogonal(model[2])
     zero_(model[2].parametrizations.weight.original, 0, [1])

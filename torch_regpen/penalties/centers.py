@@ -19,7 +19,7 @@ __all__ = ["center_sums", "check_center", "checked_center", "checked_weights", "
 def entries_by_parameter(
     refs: Iterable[ParameterRef], given: Mapping[str, Tensor], argument: str
 ) -> Iterator[tuple[ParameterRef, str, Tensor, Tensor | None]]:
-    """Yield each parameter with the entry of `given` under any of its names, or None. Shared ones occur once.
+    """Yield each parameter with the entry of `given` under any of its names, or None. Shared parameters occur once.
 
     Args:
         refs: the locations of the parameters.
@@ -34,7 +34,7 @@ def entries_by_parameter(
         allowed = "'initial' or a state dict" if argument == "center" else "a dict of name to tensor"
         raise TypeError(f"{argument} must be {allowed}, but got {given!r}")
     found: dict[int, tuple[ParameterRef, str, Tensor]] = {}
-    names: dict[int, list[str]] = {}  # a shared parameter has several
+    names: dict[int, list[str]] = {}  # a shared parameter has several names
     for ref in refs:
         for name, tensor in ref.read():
             found.setdefault(id(tensor), (ref, name, tensor))
@@ -94,7 +94,7 @@ def checked_weights(name: str, parameter: Tensor, grouping: Grouping, entry: Ten
 def stored_for(ref: ParameterRef, stored: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor | None:
     """Return the stored tensor of a parameter, moved to its device and sharded like it; None if nothing is stored.
 
-    If the parameter was parametrized after its tensor was stored, the tensor is found by the name without additions.
+    If the parameter was parametrized later, the tensor is found by the name that the parameter had before.
 
     Args:
         ref: the location of the parameter.
@@ -108,7 +108,7 @@ def stored_for(ref: ParameterRef, stored: dict[str, Tensor], name: str, paramete
     key = ref.name if name not in stored and (name == ref.name or name.endswith(".original")) else name
     if stored and key not in stored:
         raise ValueError(
-            f"parameter {name!r} was added after the penalty copied its center or weights; build the penalty anew"
+            f"parameter {name!r} was added after the penalty copied its center or weights; build a new penalty"
         )
     if key not in stored:
         return None
@@ -127,10 +127,10 @@ def center_sums(refs: Iterable[ParameterRef]) -> Tensor:
 
 
 def check_center(saved: Tensor, refs: Iterable[ParameterRef]) -> None:
-    """Raise `ValueError` where the checksum of a saved center is not that of the centers at `refs`."""
+    """Raise `ValueError` if the checksum of a saved center differs from that of the centers at `refs`."""
     now = center_sums(refs)
     if not torch.allclose(saved, now, rtol=0, atol=1e-6 * max(float(now[1]), 1e-30)):
         raise ValueError(
-            "the penalty was saved with another center than it has now: center='initial' means the weights at its "
-            "construction, not those that are loaded later. Give center= the state dict that it began from"
+            "the penalty was saved with a different center: center='initial' means the weights when the penalty was "
+            "constructed, not the weights loaded later. Pass the state dict of the original weights as center="
         )

@@ -22,12 +22,12 @@ LEFT_OUT = "select leaves out"
 
 
 class CoupledUnits:
-    """The units of a model. They are found again if a layer was replaced or has changed its shape.
+    """The units of a model. They are found again after a layer is replaced or changes its shape.
 
-    A set of units is a list of parameters that have their units in common, such as a layer, its norm and their biases.
+    A set of units is a list of parameters with the same units, such as a layer, its norm and their biases.
 
     Args:
-        coupled: the model and its example inputs. The attribute `left` is written.
+        coupled: the model and its example inputs. Its attribute `left` is set.
     """
 
     def __init__(self, coupled: Coupled) -> None:
@@ -69,14 +69,14 @@ class CoupledUnits:
         return list(dict.fromkeys(ref for _, refs in self._selected(selection) for ref in refs))
 
     def warn_about_parts(self) -> None:
-        """Warn where only a part of the weights of some units is selected, so that they are not penalized."""
+        """Warn if some units are not penalized because only a part of their weights is selected."""
         partly = [f"{name}: {reason}" for name, reason in self._coupled.left.items() if reason.endswith(LEFT_OUT)]
         if partly:
             shown = first_names(partly, separator="; ")
             warn(f"some units are not penalized because only a part of their weights is selected: {shown}")
 
     def refuse_nothing(self, selections: list[Selection]) -> None:
-        """Raise `ValueError` where no set of units is selected, but for a penalty that an optimizer restricts."""
+        """Raise `ValueError`, because no units are selected; not for a penalty restricted to an optimizer."""
         if not any(selection.optimizer for selection in selections):
             reasons = [f"{name}: {reason}" for name, reason in self._coupled.left.items()]
             raise ValueError(

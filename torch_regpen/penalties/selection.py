@@ -19,7 +19,7 @@ __all__ = ["Selection", "owned_ids"]
 
 
 class Selection:
-    """The parameters that `params`, `select` and `exclude` choose: at least one. It follows changes of a model.
+    """The parameters that `params`, `select` and `exclude` choose, at least one. It follows changes of the model.
 
     Args:
         params: a module, a tensor, or an iterable of tensors or of (name, tensor).
@@ -76,8 +76,8 @@ class Selection:
         self._read()
         if had_some and not self.refs:
             raise ValueError(
-                f"none of the penalized parameters is left in the {type(self.root).__name__}, because its layers were "
-                "replaced; build the penalty anew"
+                f"{type(self.root).__name__} has none of the penalized parameters any more, because its layers were "
+                "replaced; build a new penalty"
             )
 
     def restricted_to(self, optimizer: torch.optim.Optimizer) -> Selection:
@@ -107,7 +107,7 @@ class Selection:
         self._select()
 
     def _select(self) -> None:
-        """Apply the rules to new locations. Others keep their result: a replaced parameter may lack its attributes."""
+        """Apply the rules to new locations. Others keep their result: a replaced parameter may lack attributes."""
         excluded = self._excluded()
         owned = None if self.optimizer is None else owned_ids(self.optimizer)
         refs = []
@@ -218,8 +218,8 @@ def _of_tensor(index: int, entry: object) -> ParameterRef:
         )
     if not tensor.is_leaf:
         raise ValueError(
-            f"tensor {name!r} is no leaf: it was computed from other tensors, so an update of it would be lost. Pass "
-            "the parameters from which it was computed"
+            f"tensor {name!r} is not a leaf: it was computed from other tensors, so an update of it would be lost. "
+            "Pass the parameters from which it was computed"
         )
     if not (tensor.is_floating_point() or tensor.is_complex()):
         raise ValueError(f"tensor {name!r} has dtype {tensor.dtype}; it must be floating point or complex")

@@ -246,7 +246,7 @@ def test_coupled_over_private_gradients_is_refused_in_the_step(name):
         p.grad = torch.ones_like(p)
         p.samples = torch.stack([p.grad] * 3)
         setattr(p, name, p.samples)
-    with pytest.raises((ValueError, RuntimeError), match=r"Private puts other gradients.*'decoupled'.*'proximal'"):
+    with pytest.raises((ValueError, RuntimeError), match=r"Private replaces \.grad.*'decoupled'.*'proximal'"):
         optimizer.step()
 
 

@@ -94,7 +94,7 @@ class AppliedPenalty:
     def before_prox(
         self, sample: Callable[[list[Term]], Slicer], frozen: bool
     ) -> Iterator[tuple[list[Term], float | Tensor | None]]:
-        """See `RegularizedOptimizer.before_prox`; nothing in a mode without a proximal map."""
+        """See `RegularizedOptimizer.before_prox`. A mode without a proximal map yields nothing."""
         if not isinstance(self.mode, Proximal):
             return
         every = self.batches()
@@ -158,7 +158,7 @@ class AppliedPenalty:
             if squares and len(squares) < len(terms):
                 warn(
                     f"L2 in mode={self.name!r} has the effect of L2 in the loss under {name}. The weight decay of "
-                    "AdamW is much weaker at the same lambda; to get it, give the L2 a mode of its own: "
+                    "AdamW is much weaker at the same lambda; to get it, give the L2 its own mode: "
                     "[(L2(model, lam), 'decoupled'), ...]"
                 )
 
@@ -168,9 +168,9 @@ class Active:
     """The parameters that have a gradient in a step.
 
     Attributes:
-        batches: all of them.
-        shrinking: the modes that are not turned off by `freeze_zeros`, each with its parameters.
-        frozen: those whose zeros are held.
+        batches: all batches.
+        shrinking: the modes that `freeze_zeros` has not turned off, each with its parameters.
+        frozen: the batches whose zeros are held.
     """
 
     batches: list[TensorBatch] = field(default_factory=list)

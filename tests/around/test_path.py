@@ -284,7 +284,7 @@ def test_without_any_score_but_nan_there_is_no_best(folds, tmp_path):
     splits = [([0], [1])] * folds
     path = regularization_path(model, L1(model, 1.0), lambda *_: None, [0.1, 0.2], folds=splits, score=lambda *_: NAN)
     for ask in (lambda: path.best, lambda: path.best_1se):
-        with pytest.raises(ValueError, match="NaN: there is no best"):
+        with pytest.raises(ValueError, match="there is no best lambda, because each has a score of NaN"):
             ask()
     pytest.importorskip("matplotlib")
     path.plot(tmp_path / "nothing.png")

@@ -182,7 +182,7 @@ class Term:
 
     @property
     def uniform(self) -> bool:
-        """Whether the term treats all elements of a real tensor alike: several tensors can be one flat tensor."""
+        """Whether the term treats all elements of a real tensor alike, so that tensors can be joined into one."""
         return (
             self.penalty.separable
             and not self.grouped

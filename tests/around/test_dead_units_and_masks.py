@@ -85,7 +85,7 @@ def test_dead_units_of_sharded_weights(one_rank):
 def test_what_is_neither_penalty_nor_model_is_refused(function, model):
     with pytest.raises(TypeError, match=r"list; allowed are a penalty.*nn\.Module"):
         function([model[0].weight])
-    with pytest.raises(ValueError, match="beside a penalty"):
+    with pytest.raises(ValueError, match="with a penalty"):
         function(L1(model, 0.1), select="*")
     with pytest.raises(ValueError, match="matches none"):
         function(model, select="nothing")

@@ -194,7 +194,7 @@ def test_an_interrupted_path_goes_on_from_its_file(tmp_path, stop):
     for one, two in zip(resumed.states, whole.states, strict=True):
         assert torch.equal(one["weight"], two["weight"])
     lams.append(0.05)
-    with pytest.raises(ValueError, match="other lambdas"):
+    with pytest.raises(ValueError, match="differs in lambdas"):
         run(roughly, file)
 
 
@@ -233,7 +233,7 @@ def path_from(file, penalty=L1, model=linear, **changed):
 def test_a_checkpoint_of_another_path_is_refused(changed, what, tmp_path):
     file = tmp_path / "path.pt"
     path_from(file, **({"penalty": ElasticNet} if "l1_ratio" in str(changed) else {}))
-    with pytest.raises(ValueError, match=f"other .*{what}.*give another file"):
+    with pytest.raises(ValueError, match=f"differs in .*{what}.*give another file"):
         path_from(file, **changed)
 
 

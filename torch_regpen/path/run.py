@@ -139,7 +139,7 @@ class _Checkpoint:
             known = found.get("cache_key", {})
             other = [name for name, value in cache_key.items() if known.get(name) != value]
             if other:
-                raise ValueError(f"{self.file} holds a path with a different {', '.join(other)}; give another file")
+                raise ValueError(f"{self.file} holds a path that differs in {', '.join(other)}; give another file")
             self.found = found
 
     def get(self, run: int, step: int) -> tuple[dict[str, Tensor] | None, float]:

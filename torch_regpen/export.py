@@ -34,7 +34,7 @@ def dead_units(penalty_or_model: Penalty | nn.Module, *, select: Select | None =
     groups, the output units. Parameters without dead units or with fewer than 2 dimensions are left out.
 
     A dead unit still outputs its bias. Before it is removed, for instance by Torch-Pruning, this constant must be added
-    to the bias of the next layer, as in `examples/export_pruned.py`. Masks of torch.nn.utils.prune are not read: make
+    to the bias of the next layer, as in `examples/export_pruned.py`. Masks of torch.nn.utils.prune are ignored: make
     them permanent with `prune.remove` first.
 
     Args:

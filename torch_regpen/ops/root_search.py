@@ -33,7 +33,7 @@ class GroupSums(Protocol):
 
 
 def root(sums: GroupSums, grouping: NormGrouping) -> Tensor:
-    """`theta` of each group; 0 where the group becomes zero.
+    """`theta` of each group; 0 if the group becomes zero.
 
     `1/sqrt(f)` is concave (a power mean of lines), so Newton's method for it climbs to the root from any start below
     it. With the means weighted by `x_i^2`, `||x||` is the power mean of order -2 of `theta + r_i`, so it is at most

@@ -60,7 +60,7 @@ def decay_where_inward_(batch: TensorBatch, step: Scalar, updates: Sequence[Comb
         return
     if batch.has_fused_prox and is_scalar(step) and len({len(update) for update in updates}) == 1:
         linear, quadratic = batch.coefficients
-        factors = [factor for factor, _ in updates[0]]  # the same for all tensors of a param_group
+        factors = [factor for factor, _ in updates[0]]  # the same for all tensors of a param_group in the same state
         columns = [[update[i][1] for update in updates] for i in range(len(factors))]
         for ws, *parts in zip_chunks(batch.tensors, *columns):
             w = joined(ws)

@@ -72,9 +72,7 @@ def _prox_along_rays_(terms: list[Term], step: Step) -> bool:
         return False
     (term,) = terms
     w = term.tensor
-    rows = [
-        dim for dim in separable_dims(terms) if dim == 0
-    ]  # only by rows: norms across rows are read in memory order
+    rows = [dim for dim in separable_dims(terms) if dim == 0]  # norms across rows are read in memory order
     for take in slicers(w, rows, times=8):
         scale_(term, take(w), step.size * take(term.scaled_lam))
     return True

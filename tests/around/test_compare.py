@@ -276,7 +276,7 @@ def test_what_cannot_work_is_refused_before_training(methods, lams, seeds, messa
             {"a": (L1(nn.Linear(2, 2), 0.1), "proximal")},
             "'a' has a L1; it needs a callable that makes a penalty .* such as L1",
         ),
-        ({"a": (0.1, "proximal")}, "'a' has a float where"),
+        ({"a": (0.1, "proximal")}, "'a' has a float; it needs"),
         ({"a": (lambda model, lam: None, "loss")}, "'a' must make a penalty, but made a NoneType"),
         ({"a": (lambda model, lam: L1, "proximal")}, "'a' must make a penalty, but made a "),
     ],

@@ -205,7 +205,7 @@ def test_weight_decay_may_have_lambdas_of_its_own():
             ValueError,
             r"'a' has the options \['metrik'\]; .*metric",
         ),
-        ({"methods": {"a": (L1, "loss", {"metric": "auto"})}}, ValueError, "for 'loss' allowed are none"),
+        ({"methods": {"a": (L1, "loss", {"metric": "auto"})}}, ValueError, "with 'loss' allowed are none"),
         ({"methods": {"a": (L1, "proximal", "auto")}}, TypeError, "'a' has options 'auto', a str; allowed is a dict"),
         ({"methods": {"a": (L1, "proximal", {"metric": "x"})}}, ValueError, "metric must be"),
         ({"methods": {"a": (L1, "proximal", {}, 1)}}, TypeError, "not 'a': "),

@@ -321,7 +321,7 @@ def test_of_activations_their_penalty_and_their_size_are_written(kind, size, tmp
 
 
 def test_activations_before_a_forward_are_refused():
-    with pytest.raises(RuntimeError, match="no forward"):
+    with pytest.raises(RuntimeError, match="has not run yet"):
         logged(ActivityPenalty(nn.Linear(2, 2), 0.1))
 
 

@@ -182,12 +182,12 @@ class Term:
 
     @property
     def uniform(self) -> bool:
-        """Whether the term treats all elements of a real tensor alike: several tensors can be one flat tensor."""
+        """Whether the term treats all elements of a real tensor alike, so that tensors can be joined into one."""
         return self.center is None and self.uniform_offset
 
     @property
     def uniform_offset(self) -> bool:
-        """Whether the term treats all elements of the offset from the center of a real tensor alike."""
+        """Whether the term treats all elements of `tensor - center` alike, for a real tensor."""
         return (
             self.penalty.separable
             and not self.grouped

@@ -1,7 +1,7 @@
-"""Which layers write and read the same units, by following the units through the graph of a model.
+"""Follow units through the graph of a model, to find the layers that write and read the same units.
 
-Torch-Pruning (Fang et al. 2023) makes the graph, from hooks on layers and the autograd graph. Its rules for indices are
-not used, because they guess shapes: here each result carries the list of the rows that wrote it, unit by unit.
+Torch-Pruning (Fang et al. 2023) builds the graph from hooks on layers and the autograd graph. Its index rules are not
+used, because they guess shapes. Instead, each result here carries a list of the rows that wrote it, unit by unit.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ ATTENTION = ("ScaledDotProduct", "Bmm")  # operations that mix the values of a u
 
 
 class Row(NamedTuple):
-    """What writes a unit: a row of a part of a layer, or an index of a parameter that belongs to no known layer."""
+    """The row that writes a unit: in a part of a layer, or in a parameter that belongs to no known layer."""
 
     layer: nn.Module
     part: str
     unit: int
 
 
-Labels = Sequence[Row | None]  # the row that wrote each unit of a result; None where no layer did
+Labels = Sequence[Row | None]  # the row that wrote each unit of a result; None if no layer wrote it
 
 
 class Flow:
     """The units of a model, followed from the rows that write them to the columns that read them.
 
     Attributes:
-        layers: the layers that the forward pass goes through, with the numbers of units that they put out and take in.
+        layers: the layers that the forward pass calls, with their numbers of output and input units.
         parameters: parameters outside of known layers, by owner and key, with the dimension along which units lie.
-        readers: what reads each row: layers with the index of the column.
-        marks: what each row goes through: `"output"`, `"attention"`, and norms that take the mean over units.
+        readers: for each row, the layers that read it, with the index of the column.
+        marks: what each row passes through: `"output"`, `"attention"`, and norms that take the mean over units.
     """
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -77,7 +77,7 @@ class Flow:
                 self._mark(self._labels[layer], "output")
 
     def find(self, row: Row) -> Row:
-        """The row that stands for all that are joined with `row`."""
+        """The row that represents all rows joined with `row`."""
         parent = self._parent.setdefault(row, row)
         while parent != row:
             self._parent[row] = self._parent[parent]
@@ -85,7 +85,7 @@ class Flow:
         return row
 
     def join(self, one: Row | None, other: Row | None) -> None:
-        """Make one unit of two."""
+        """Join two rows into one unit."""
         if one is not None and other is not None and one is not other:
             self._parent[self.find(other)] = self.find(one)
 
@@ -114,17 +114,17 @@ class Flow:
             self._mark([*labels, *own], layer)
 
     def _inputs(self, node: Any) -> list[Labels]:
-        """The labels of each input of a node; those of an input that no layer has written are empty."""
+        """The labels of each input of a node; empty for an input that no layer wrote."""
         found: list[Labels] = []
         inputs = iter(node.inputs)
         for grad_fn, number in node.grad_fn.next_functions:
             is_leaf = grad_fn is None or ("AccumulateGrad" in grad_fn.name() and grad_fn.variable not in self._labels)
             source = None if is_leaf else next(inputs, None)
             found.append(self._chunk(source, number) if source is not None else [])
-        return [*found, *(self._chunk(source, 0) for source in inputs)]  # of a layer that is used several times
+        return [*found, *(self._chunk(source, 0) for source in inputs)]  # a layer that is used several times has more
 
     def _chunk(self, node: Any, number: int) -> Labels:
-        """The labels of one of the results of a node; a node that splits has several."""
+        """The labels of one result of a node; a split has several results."""
         labels, fn = self._labels.get(node.module, []), node.grad_fn
         if "Split" not in fn.name() or not hasattr(fn, "_saved_dim"):
             return labels
@@ -136,7 +136,7 @@ class Flow:
         return labels[start : start + sizes[number]]
 
     def _through(self, node: Any) -> Labels:
-        """The labels of what an operation puts out."""
+        """The labels of the output of an operation."""
         fn, inputs = node.grad_fn, self._inputs(node)
         name, shapes = fn.name(), self._shapes.get(fn)
         if name.startswith("Cat") and shapes is not None and len(shapes.given) == len(inputs):
@@ -165,7 +165,7 @@ class Flow:
     def _reshaped(self, labels: Labels, before: tuple[int, ...], after: tuple[int, ...]) -> Labels:
         """The labels of a tensor that is flattened, unflattened, or repeated head by head for grouped queries."""
         n, kept = len(labels), len(after) - 1
-        merged = before[kept:]  # into the last dimension
+        merged = before[kept:]  # the dimensions merged into the last one
         if len(merged) > 1 and n in merged and math.prod(merged) == after[-1] != n:
             place = merged.index(n)
             inner = [label for label in labels for _ in range(math.prod(merged[place + 1 :]))]
@@ -184,12 +184,12 @@ class Flow:
         return [labels[units[0]] for units in together]
 
     def _merge(self, inputs: list[Labels]) -> Labels:
-        """The labels of what is computed element by element from several inputs."""
+        """The labels of a result that is computed elementwise from several inputs."""
         n = max(map(len, inputs), default=0)
         merged: list[Row | None] = [None] * n
         for labels in inputs:
             if len(labels) < n:
-                continue  # none, or units that lie along another dimension
+                continue  # no labels, or units along another dimension
             for unit, label in enumerate(labels):
                 self.join(merged[unit], label)
                 merged[unit] = merged[unit] or label
@@ -210,7 +210,7 @@ class _Shapes(NamedTuple):
 
 
 class _RecordShapes(TorchFunctionMode):
-    """Records the shapes of what functions return, and for `torch.cat` of what they are given."""
+    """Records the shapes of the results of functions and, for `torch.cat`, the shapes of its inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -221,7 +221,7 @@ class _RecordShapes(TorchFunctionMode):
         if isinstance(out, Tensor) and out.grad_fn is not None:
             is_cat = getattr(func, "__name__", "") in ("cat", "concat", "concatenate", "hstack", "column_stack")
             given: Any = [*args, *(kwargs or {}).values()][0] if is_cat else ()
-            # A function such as dropout in eval mode returns what another one has made.
+            # A function such as dropout in eval mode returns its input, whose shape is already recorded.
             self.shapes.setdefault(out.grad_fn, _Shapes(tuple(out.shape), [tuple(tensor.shape) for tensor in given]))
         return out
 
@@ -236,7 +236,7 @@ def _trace(
     class Graph(tp.DependencyGraph):  # type: ignore[misc]
         def _build_dependency(self, module2node: dict[Any, Any]) -> None:
             self.nodes = dict(module2node)
-            module2node.clear()  # so that nothing more is made of it
+            module2node.clear()  # Torch-Pruning then builds nothing more from it
 
     record = _RecordShapes()
     returned: set[Any] = set()
@@ -270,13 +270,13 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def copied_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers of a model by name, for `functional_call`, so that the model's own stay as they are."""
+    """Copies of the buffers of a model, by name, for `functional_call`, which may change them."""
     return {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 
 @contextmanager
 def kept_contents(model: nn.Module) -> Iterator[None]:
-    """Afterwards the dicts and lists of all modules have the contents that they had: no hook, nothing cached."""
+    """At the end, restore the contents of the dicts and lists of all modules, such as hooks and caches."""
     kept = [
         (x, copy.copy(x)) for module in model.modules() for x in vars(module).values() if isinstance(x, dict | list)
     ]
@@ -293,7 +293,7 @@ def _signed(dim: int, ndim: int) -> int:
 
 
 class _Operation(torch.autograd.Function):
-    """Results that depend on inputs, as one node of the autograd graph, which is never run backward."""
+    """One node of the autograd graph from inputs to results. It is never run backward."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -306,7 +306,7 @@ class _Operation(torch.autograd.Function):
 
 @contextmanager
 def _as_one_operation(modules: list[nn.Module]) -> Iterator[None]:
-    """Within it each of the modules is one node of the autograd graph, whatever it does inside."""
+    """Make each of the modules one node of the autograd graph, whatever it does inside."""
     before = {module: module.__dict__.get("forward") for module in modules}
 
     def stand_in(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -315,7 +315,7 @@ def _as_one_operation(modules: list[nn.Module]) -> Iterator[None]:
                 out = forward(*args, **kwargs)
             results = list(tensors_in(out))
             inputs = list(tensors_in((args, list(kwargs.values()))))
-            inputs.append(torch.zeros((), requires_grad=True))  # so that there is a node, also where no input has one
+            inputs.append(torch.zeros((), requires_grad=True))  # makes a node even if no input requires grad
             return _replace(out, iter(_Operation.apply(len(results), *results, *inputs)))
 
         return run

@@ -190,7 +190,9 @@ def convolutions(norm):
 @pytest.mark.parametrize("penalty", [GroupLasso, partial(L0, groups=0)])
 def test_filters_as_groups_before_a_batchnorm_warn(penalty, mode):
     model = convolutions(nn.BatchNorm2d(8))
-    with pytest.warns(UserWarning, match=r"^a BatchNorm seems to follow '0\.weight'\. .*Coupled\(model") as caught:
+    with pytest.warns(
+        UserWarning, match=r"^a BatchNorm or InstanceNorm seems to follow '0\.weight'\. .*Coupled\(model"
+    ) as caught:
         RegularizedOptimizer(sgd(model), penalty(model, 1e-3), mode)
     assert len(caught) == 1
     assert caught[0].filename == __file__

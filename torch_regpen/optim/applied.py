@@ -70,7 +70,7 @@ class AppliedPenalty:
         return isinstance(self.mode, Proximal)
 
     def batches(self) -> list[TensorBatch]:
-        """The penalized parameters in batches; all parameters of a batch are in the same param_group.
+        """The penalized parameters in batches. The parameters of a batch share a param_group, except in a `JointBatch`.
 
         Raises:
             ValueError: the optimizer does not own all of them.
@@ -145,8 +145,8 @@ class AppliedPenalty:
         names = dict.fromkeys(repr(name) for ref, name in places if ref.owner in before)
         if names:
             warn(
-                f"a BatchNorm seems to follow {first_names(names)}. It divides by the scale of each filter, so that a "
-                "zero filter has a very large gradient and returns as a huge weight. Use "
+                f"a BatchNorm or InstanceNorm seems to follow {first_names(names)}. It divides by the scale of each "
+                "filter, so a zero filter has a very large gradient and returns as a huge weight. Use "
                 "groups=Coupled(model, example_inputs, scale=False), which groups a filter with its scale in the norm"
             )
 

@@ -27,6 +27,7 @@ FROZEN = "zeros_frozen"  # key in a param_group, if its zeros are frozen
 SURVIVORS = "survivors"  # in the state of a parameter: a mask, False where the weight is held at zero
 STEPPED = "stepped"  # in the state of a zero parameter without other state: training made it zero
 OWN = (GAP, STEPS, SURVIVORS)  # the tensors that this package adds to the state of a parameter
+COUNTERS = ("step", "mu_product", "eta", "mu")  # 0-dim state of optimizers, not of an element of a 0-dim parameter
 
 
 class ByTensor(WeakTensorKeyDictionary):
@@ -102,7 +103,7 @@ class FrozenZeros:
                 local(survivors).logical_or_(max_over_ranks([(largest(local(survivors)), w)]) == 0)
             state = self._optimizer.state.get(w, {})
             for name, value in state.items():
-                if isinstance(value, Tensor) and value.shape == w.shape and name not in (*OWN, "step"):
+                if isinstance(value, Tensor) and value.shape == w.shape and name not in (*OWN, *COUNTERS):
                     local(value).masked_fill_(~local(survivors), 0)
             if state:
                 state[SURVIVORS] = survivors

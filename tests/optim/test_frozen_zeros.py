@@ -265,3 +265,14 @@ def test_a_scalar_trains_after_unfreezing_as_a_vector_of_one_element():
                 optimizer.penalty.lam = 0.0
         assert ws[0] != 0
         torch.testing.assert_close(ws[0], ws[1][0])
+
+
+def test_an_empty_tensor_is_not_named_as_a_layer_of_zeros():
+    ws = [torch.zeros(0, 4, requires_grad=True), torch.ones(2, 3, requires_grad=True)]
+    optimizer = RegularizedOptimizer(optim.SGD(ws, lr=0.1), L1(ws, 0.1), "proximal")
+    for w in ws:
+        w.grad = torch.zeros_like(w)
+    optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.freeze_zeros()

@@ -85,7 +85,7 @@ class FrozenZeros:
     def _entirely_held(self, work: list[list[Term]]) -> list[str]:
         """The names of the parameters whose elements are all held; one synchronization with the device."""
         parameters = [(name, w, self._survivors(w)) for terms in work for name, w in terms[0].named_parameters]
-        held = [(name, w, mask) for name, w, mask in parameters if mask is not None and not mask.is_meta]
+        held = [(name, w, mask) for name, w, mask in parameters if mask is not None and w.numel() and not mask.is_meta]
         alive = [max_over_ranks([(largest(local(mask)), w)]) for _, w, mask in held]
         flags = torch.stack([some.to(alive[0].device) for some in alive]).tolist() if alive else []
         return [repr(name) for (name, _, _), some in zip(held, flags, strict=True) if not some]

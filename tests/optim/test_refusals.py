@@ -251,3 +251,18 @@ def test_a_penalty_in_the_loss_before_the_optimizer_took_it_warns_not():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, RegularizedOptimizer(sgd(model), penalty), steps=2)
+
+
+@pytest.mark.parametrize("mode", ["proximal", "dual"])
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.RMSprop])
+def test_a_momentum_of_1_is_refused_where_the_step_depends_on_it(make, mode):
+    w = torch.ones(2, 2, requires_grad=True)
+    with pytest.raises(ValueError, match=r"momentum=1 .* below 1, metric='euclidean'"):
+        RegularizedOptimizer(make([w], lr=0.1, momentum=1.0), L1([w], 0.1), mode)
+    optimizer = RegularizedOptimizer(make([w], lr=0.1, momentum=0.9), L1([w], 0.1), mode)
+    optimizer.param_groups[0]["momentum"] = 1.5
+    w.grad = torch.ones_like(w)
+    with pytest.raises(ValueError, match=r"momentum=1\.5"):
+        optimizer.step()
+    for kwargs in ({"mode": "coupled"}, {"mode": mode, "metric": "euclidean"}):
+        RegularizedOptimizer(make([w], lr=0.1, momentum=1.0), L1([w], 0.1), **kwargs).step()

@@ -8,6 +8,7 @@ import torch
 from helpers.kinds import l1
 from helpers.nets import Classifier, names
 from torch import nn
+from torch.nn.utils import prune
 
 from torch_regpen import L1, L2, ElasticNet, RegularizedOptimizer
 
@@ -140,3 +141,23 @@ def test_a_frozen_layer_beside_others_is_left_alone_by_the_prox():
     L1(model, 1.0).prox_(0.1)
     assert torch.equal(model.body[0].weight, before)
     assert (model.fc.weight == 0).any()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_layer_pruned_or_restored_in_training_keeps_its_penalty(late):
+    model = Classifier()
+    if late:  # the penalty is built on the pruned model
+        prune.l1_unstructured(model.fc, "weight", 0.5)
+    penalty = L1(model, 0.1, select="fc.weight*")
+    optimizer = RegularizedOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), penalty, "proximal")
+    penalty()
+    for change in (prune.remove, prune.random_unstructured, prune.remove) if late else (prune.random_unstructured,):
+        change(model.fc, "weight", **({"amount": 0.5} if change is prune.random_unstructured else {}))
+        weight = dict(model.fc.named_parameters()).get("weight_orig", model.fc.weight)
+        before = weight.detach().clone()
+        torch.testing.assert_close(penalty().detach(), 0.1 * before.abs().sum())
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        torch.testing.assert_close(weight.detach(), nn.functional.softshrink(before, 0.1))
+        model.body.append(nn.ReLU())  # all layers are looked up again
+        assert len(names(penalty)) == 1

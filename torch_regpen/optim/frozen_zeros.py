@@ -27,6 +27,7 @@ FROZEN = "zeros_frozen"  # key in a param_group whose zeros are frozen
 SURVIVORS = "survivors"  # key in the state of a parameter: a mask, False for elements that are held at zero
 STEPPED = "stepped"  # key in the state of a zero parameter without other state: training made it zero
 OWN = (GAP, STEPS, SURVIVORS)  # the tensors that this package adds to the state of a parameter
+COUNTERS = ("step", "mu_product", "eta", "mu")  # 0-dim state of optimizers, not of an element of a 0-dim parameter
 
 
 class ByTensor(WeakTensorKeyDictionary):
@@ -84,7 +85,7 @@ class FrozenZeros:
     def _entirely_held(self, work: list[list[Term]]) -> list[str]:
         """The names of the parameters whose elements are all held. It synchronizes with the device once."""
         parameters = [(name, w, self._survivors(w)) for terms in work for name, w in terms[0].named_parameters]
-        held = [(name, w, mask) for name, w, mask in parameters if mask is not None and not mask.is_meta]
+        held = [(name, w, mask) for name, w, mask in parameters if mask is not None and w.numel() and not mask.is_meta]
         alive = [max_over_ranks([(largest(local(mask)), w)]) for _, w, mask in held]
         flags = torch.stack([some.to(alive[0].device) for some in alive]).tolist() if alive else []
         return [repr(name) for (name, _, _), some in zip(held, flags, strict=True) if not some]
@@ -102,7 +103,7 @@ class FrozenZeros:
                 local(survivors).logical_or_(max_over_ranks([(largest(local(survivors)), w)]) == 0)
             state = self._optimizer.state.get(w, {})
             for name, value in state.items():
-                if isinstance(value, Tensor) and value.shape == w.shape and name not in (*OWN, "step"):
+                if isinstance(value, Tensor) and value.shape == w.shape and name not in (*OWN, *COUNTERS):
                     local(value).masked_fill_(~local(survivors), 0)
             if state:
                 state[SURVIVORS] = survivors

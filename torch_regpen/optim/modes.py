@@ -24,7 +24,7 @@ from ..ops.value import total_value
 from . import dual_averaging
 from .decay_rate import Decay
 from .next_update import next_updates
-from .step_size import Metric, differs_by_coordinate, has_small_steps, steps_of
+from .step_size import Metric, check_momentum, differs_by_coordinate, has_small_steps, steps_of
 
 __all__ = ["MODES", "Mode"]
 
@@ -190,6 +190,8 @@ class Proximal(Mode):
                 f"the line search of {type(self.optimizer).__name__} sees only the loss, and its curvature estimate is "
                 "wrong after a prox; use mode='coupled', which gives it loss + penalty"
             )
+        for group in batch.owners if isinstance(batch, JointBatch) else [batch.group]:
+            check_momentum(self.optimizer, group, self.metric)
         per_coordinate = differs_by_coordinate(self.optimizer, self.metric)
         check_prox(batch.terms, per_coordinate)
         if per_coordinate and batch.tensors[0].is_complex():

@@ -19,7 +19,15 @@ from torch.optim import Optimizer
 from ..groups.grouping import largest, working_dtype
 from ..ops.step import Step
 
-__all__ = ["Metric", "differs_by_coordinate", "has_small_steps", "sets_its_own_step", "steps_of", "unsupported_reason"]
+__all__ = [
+    "Metric",
+    "check_momentum",
+    "differs_by_coordinate",
+    "has_small_steps",
+    "sets_its_own_step",
+    "steps_of",
+    "unsupported_reason",
+]
 
 Metric = str | Callable[[Optimizer, Tensor, dict[str, Any]], float | Tensor]
 
@@ -60,6 +68,12 @@ def has_small_steps(optimizer: Optimizer, metric: Metric) -> bool:
     return metric == "auto" and _rule(optimizer) is _adam
 
 
+def check_momentum(optimizer: Optimizer, group: dict[str, Any], metric: Metric) -> None:
+    """Raise `ValueError` if the momentum of a param_group is 1 or more, so that its updates never come to rest."""
+    if metric == "auto" and _rule(optimizer) in (_sgd, _rmsprop):
+        _one_minus(group["momentum"])
+
+
 State = dict[str, Any]
 Group = dict[str, Any]
 
@@ -67,7 +81,7 @@ Group = dict[str, Any]
 def _sgd(parameter: Tensor, state: State, group: Group) -> Step:
     if not group["momentum"]:
         return Step(group["lr"])
-    return Step(group["lr"] * (1 - group["dampening"]) / (1 - group["momentum"]))
+    return Step(group["lr"] * (1 - group["dampening"]) / _one_minus(group["momentum"]))
 
 
 def _asgd(parameter: Tensor, state: State, group: Group) -> Step:
@@ -130,7 +144,7 @@ def _rmsprop(parameter: Tensor, state: State, group: Group) -> Step:
     # A gradient that has become constant has almost no variance, and moves a coordinate by far more than lr.
     grad: Any = parameter.grad
     moved: Tensor = step.size * grad
-    max_change = (10 * largest(moved.abs())).clamp_min(10 * group["lr"] / (1 - momentum))
+    max_change = (10 * largest(moved.abs())).clamp_min(10 * group["lr"] / _one_minus(momentum))
     return Step(step.size, max_change, v == 0)
 
 
@@ -193,12 +207,21 @@ def _correction(state: State, group: Group) -> Tensor:
 def _normalised(moment: Tensor, lr: Any, group: Group, momentum: float = 0.0) -> Step:
     """`lr / (sqrt(moment) + eps)` for each coordinate; no 0/0 before the first step."""
     denominator = moment.sqrt().add_(group["eps"]).clamp_min_(torch.finfo(moment.dtype).tiny)
-    return Step(denominator.reciprocal_().mul_(lr / (1 - momentum)), _max_change(group, momentum), moment == 0)
+    return Step(denominator.reciprocal_().mul_(lr / _one_minus(momentum)), _max_change(group, momentum), moment == 0)
+
+
+def _one_minus(momentum: float) -> float:
+    if momentum >= 1:
+        raise ValueError(
+            f"with momentum={momentum:g} updates grow without bound, so modes 'proximal' and 'dual' have no step "
+            "lr/(1 - momentum); use a momentum below 1, metric='euclidean' (the step is lr), or mode='coupled'"
+        )
+    return 1 - momentum
 
 
 def _max_change(group: Group, momentum: float = 0.0) -> float | Tensor:
     """Ten times the optimizer's usual step, so that fixed points stay, and a tiny moment zeroes no weight at once."""
-    max_change: float | Tensor = 10 * group["lr"] / (1 - momentum)
+    max_change: float | Tensor = 10 * group["lr"] / _one_minus(momentum)
     return max_change
 
 

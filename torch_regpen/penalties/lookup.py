@@ -84,16 +84,22 @@ class ParameterRef:
         """
         if self.owner is None:
             return self.__dict__, "tensor"
-        parameters = self.owner._parameters
-        parameter = parameters.get(self.key)
+        parameters, key = self.owner._parameters, self._registered_key()
+        parameter = parameters.get(key)
         simple = isinstance(parameter, nn.Parameter) and not isinstance(parameter, UninitializedParameter)
-        return (parameters, self.key) if simple and self.evaluated is not None else None
+        return (parameters, key) if simple and self.evaluated is not None else None
 
     def is_gone(self) -> bool:
         """Whether the parameter was removed from its owner."""
-        if self.owner is None or self.owner._parameters.get(self.key) is not None:
+        if self.owner is None or self.owner._parameters.get(self._registered_key()) is not None:
             return False
         return not parametrize.is_parametrized(self.owner, self.key)
+
+    def _registered_key(self) -> str:
+        """The present name in the owner: torch.nn.utils.prune and spectral_norm append `_orig`, and remove it again."""
+        parameters: dict[str, Any] = self.owner._parameters  # type: ignore[union-attr]
+        other = self.key.removesuffix("_orig") if self.key.endswith("_orig") else f"{self.key}_orig"
+        return other if parameters.get(self.key) is None and parameters.get(other) is not None else self.key
 
     def frozen(self, name: str, tensor: Tensor) -> bool:
         """Whether the registered parameter is frozen, even while torch.func replaces it with another tensor."""
@@ -112,7 +118,7 @@ class ParameterRef:
         if self.tensor is not None:
             yield self.key, self.name, self.tensor
             return
-        parameter = self.owner._parameters.get(self.key)  # type: ignore[union-attr]
+        parameter = self.owner._parameters.get(self._registered_key())  # type: ignore[union-attr]
         if parameter is not None:
             yield self.key, self.name, parameter
             return

@@ -23,6 +23,7 @@ class LamScheduler:
         fn: the factor as a function of the number of steps taken.
 
     Raises:
+        TypeError: `fn` is not a function.
         ValueError: a lambda is 0.
 
     Example:
@@ -37,6 +38,8 @@ class LamScheduler:
     """
 
     def __init__(self, penalty: Penalty, fn: Callable[[int], float]) -> None:
+        if not callable(fn):
+            raise TypeError(f"fn must be a function of the number of steps, such as lambda step: 0.5, not {fn!r}")
         self.penalty = penalty
         self.fn = fn
         self.base = list(map(_base, penalty.param_groups))

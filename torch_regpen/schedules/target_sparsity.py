@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 import weakref
 from collections.abc import Callable
@@ -25,7 +26,7 @@ __all__ = ["TargetSparsity"]
 # NONZEROS: the least number of nonzeros in the sample; the error in the number of nonzeros is then 3%.
 # CLOSE: the distance from the target that counts as reached.
 # RECENT: after a restart, the gap between two readings is at most 1/RECENT of the steps since.
-# ROUNDING: a margin for the rounding errors of a prox.
+# ROUNDING: a margin for the rounding errors of a prox or a ramp.
 READINGS, MOST = 100, 20
 ELEMENTS, GROUPS, NONZEROS = 1 << 15, 1 << 12, 1000
 CLOSE = 0.005
@@ -70,9 +71,9 @@ class TargetSparsity:
         freeze: call `optimizer.freeze_zeros()` once the target is reached. While zeros are frozen, lambda is constant.
 
     Raises:
-        TypeError: `optimizer` is not a `RegularizedOptimizer`.
-        ValueError: it is in another mode; `target`, `steps` or `every` is out of range; a lambda is 0; the penalty
-            zeroes nothing, has N:M groups, which fix the fraction, or has the multipliers of a `Bound`.
+        TypeError: `optimizer` is not a `RegularizedOptimizer`; `target` is not a number; `ramp` is not a function.
+        ValueError: it is in another mode; `target`, `steps`, `every` or `ramp` is out of range; a lambda is 0; the
+            penalty zeroes nothing, has N:M groups, which fix the fraction, or has the multipliers of a `Bound`.
 
     Example:
         >>> import torch
@@ -110,6 +111,8 @@ class TargetSparsity:
                 f"the optimizer is in the {optimizer.mode!r} mode, where no lambda makes a given number of zeros; use "
                 "mode='dual' or 'proximal'"
             )
+        if not isinstance(target, float | numbers.Real):
+            raise TypeError(f"target must be a number, a fraction from 0 to less than 1, not {target!r}")
         if not 0 <= target < 1:
             raise ValueError(f"target must be a fraction from 0 to less than 1, not {target}")
         fixed = {str(term.grouping) for term in penalty.terms() if isinstance(term.grouping, NM)}
@@ -124,7 +127,10 @@ class TargetSparsity:
         self.target = target
         self.steps = checked_count("steps", steps)
         self.every = min(max(steps // READINGS, 1), MOST) if every is None else checked_count("every", every)
+        if not callable(ramp):
+            raise TypeError(f"ramp must be a function from [0, 1] to [0, 1], not {ramp!r}")
         self.ramp = ramp
+        self._ramp(1.0)
         self.freeze = freeze
         lams = [float(group["lam"]) for group in penalty.param_groups]
         if not all(lams):
@@ -208,7 +214,7 @@ class TargetSparsity:
         count = self._count(factors)
         proximal = not self.optimizer.averages
         starts = proximal and not self.last_reading
-        wanted = self.target * (1.0 if starts else self.ramp(min(step / self.steps, 1.0)))
+        wanted = self.target * (1.0 if starts else self._ramp(min(step / self.steps, 1.0)))
         change = _between(factors, round(wanted * count))
         if change is None:
             return  # lambda has no effect, for instance because lr is 0; read again in the next step
@@ -221,6 +227,12 @@ class TargetSparsity:
         zeros = int((factors <= change).sum())
         self._reached = step >= self.steps and zeros >= round(self.target * count) - CLOSE * count
         self.last_reading, self.next_reading = step, self._after(step)
+
+    def _ramp(self, x: float) -> float:
+        fraction = self.ramp(x)
+        if not -ROUNDING <= fraction <= 1 + ROUNDING:
+            raise ValueError(f"ramp must be from [0, 1] to [0, 1], but ramp({x:g}) is {fraction:g}")
+        return min(max(fraction, 0.0), 1.0)
 
     def _after(self, step: int) -> int:
         """The step of the next reading."""

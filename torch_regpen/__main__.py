@@ -1,4 +1,4 @@
-"""`python -m torch_regpen report FILE`: what is zero in a saved state dict."""
+"""`python -m torch_regpen report FILE`: the zeros in a saved state dict."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ from .report import printable, report
 
 
 def main() -> int:
-    """Print the report of a file, or one line on stderr that says why there is none."""
+    """Print the report of a file, or one line on stderr if it cannot be read or written."""
     parser = argparse.ArgumentParser(prog="python -m torch_regpen")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("report", help="a row for each tensor of a saved state dict: shape, zeros, norm")
@@ -23,8 +23,8 @@ def main() -> int:
     try:
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python flushes the rest at exit
-        if isinstance(error, BrokenPipeError):  # whoever reads has enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes the rest to it at exit
+        if isinstance(error, BrokenPipeError):  # the reader has closed the pipe, as `head` does
             return 0
         print(printable(f"{file}: its report cannot be written ({error})"), file=sys.stderr)
         return 1

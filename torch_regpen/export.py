@@ -1,4 +1,4 @@
-"""Use exact zeros elsewhere: masks for torch.nn.utils.prune, sparse files, and units that can be removed."""
+"""Export exact zeros: masks for torch.nn.utils.prune, sparse files, dead units, and smaller models."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def dead_units(penalty_or_model: Penalty | nn.Module, *, select: Select | None =
     """The output units whose incoming weights are all exactly zero: `{parameter name: [unit, ...]}`.
 
     An output unit is a neuron, a filter or a row of an embedding. A unit of an LSTM or GRU is dead if its rows are zero
-    in all gates of both matrices. Units of stacked experts are numbered through all experts. For a penalty with
-    `groups="input"`, the input units that no weight reads are listed instead; for a sum of penalties with both kinds of
+    in all gates of both matrices. Units of stacked experts are numbered across all experts. For a penalty with
+    `groups="input"`, the result lists the input units that no weight reads; for a sum of penalties with both kinds of
     groups, the output units. Parameters without dead units or with fewer than 2 dimensions are left out.
 
     A dead unit still outputs its bias. Before it is removed, for instance by Torch-Pruning, this constant must be added
-    to the bias of the next layer, as in `examples/export_pruned.py`. Masks of torch.nn.utils.prune are not read: make
+    to the bias of the next layer, as in `examples/export_pruned.py`. Masks of torch.nn.utils.prune are ignored: make
     them permanent with `prune.remove` first.
 
     Args:
@@ -73,12 +73,12 @@ def dead_units(penalty_or_model: Penalty | nn.Module, *, select: Select | None =
 
 @torch.no_grad()
 def prune_masks(penalty_or_model: Penalty | nn.Module, *, select: Select | None = None) -> dict[str, Tensor]:
-    """Keep exact zeros at zero in further training, by masks of `torch.nn.utils.prune`.
+    """Keep exact zeros at zero in further training, with masks of `torch.nn.utils.prune`.
 
-    A parameter `NAME` with zeros becomes `NAME_orig * NAME_mask` at each forward: `NAME_orig` is the same tensor as
-    before, so that an optimizer goes on with it, and `NAME_mask` is a buffer of zeros and ones.
-    `torch.nn.utils.prune.remove(module, NAME)` makes it a plain parameter again, zeros included. Build penalties on the
-    model anew afterwards.
+    A parameter `NAME` with zeros becomes `NAME_orig * NAME_mask` at each forward. `NAME_orig` is the same tensor as
+    before, so an optimizer keeps it; `NAME_mask` is a buffer of zeros and ones.
+    `torch.nn.utils.prune.remove(module, NAME)` makes it a plain parameter again, with its zeros. Build new penalties on
+    the model afterwards.
 
     Args:
         penalty_or_model: a penalty, for the parameters that it penalizes, or a model.
@@ -86,12 +86,12 @@ def prune_masks(penalty_or_model: Penalty | nn.Module, *, select: Select | None 
             often start at zero, and no normalization layers.
 
     Returns:
-        `{parameter name: mask}`, of the shape of the parameter, True where a weight is kept.
+        `{parameter name: mask}`; a mask has the shape of the parameter and is True where a weight is kept.
 
     Raises:
         TypeError: `penalty_or_model` is neither a penalty nor a model.
-        ValueError: a parameter is sharded, or has zeros and is parametrized or in no module. Then nothing is changed.
-            `select` matches nothing, or is given with a penalty.
+        ValueError: a parameter is sharded, or has zeros and is parametrized or in no module; `select` matches nothing,
+            or is given with a penalty. Nothing is changed then.
 
     Example:
         >>> import torch
@@ -116,10 +116,10 @@ def prune_masks(penalty_or_model: Penalty | nn.Module, *, select: Select | None 
 
 
 def sparse_state_dict(model: nn.Module) -> dict[str, Any]:
-    """The state dict of a model, with matrices in compressed sparse row format (CSR) where that is smaller.
+    """The state dict of a model, with matrices in compressed sparse row format (CSR) if that is smaller.
 
-    A matrix takes `nonzeros * (itemsize + 4) + 4 * (rows + 1)` bytes in this format, with 32-bit positions. In float32
-    that is smaller if more than half of the elements are zero. All other entries stay as they are.
+    In this format, with 32-bit positions, a matrix takes `nonzeros * (itemsize + 4) + 4 * (rows + 1)` bytes. In float32
+    that is smaller if a little more than half of the elements are zero. All other entries are unchanged.
 
     Args:
         model: the model.
@@ -137,7 +137,7 @@ def sparse_state_dict(model: nn.Module) -> dict[str, Any]:
         torch.sparse_csr
     """
     state: dict[str, Any] = model.state_dict()
-    known: dict[tuple[Any, ...], Tensor] = {}  # a shared matrix is converted once, and so saved once
+    known: dict[tuple[Any, ...], Tensor] = {}  # convert, and save, a shared matrix once
     for name, w in state.items():
         if not isinstance(w, Tensor) or isinstance(w, DTensor) or w.ndim != 2 or w.layout != torch.strided:
             continue
@@ -171,7 +171,7 @@ def load_sparse_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     dense = OrderedDict(
         (name, w.to_dense() if isinstance(w, Tensor) and w.layout != torch.strided else w) for name, w in state.items()
     )
-    if hasattr(state, "_metadata"):  # the versions of the modules, for those that convert older states
+    if hasattr(state, "_metadata"):  # module versions, used to convert older states
         dense._metadata = state._metadata  # type: ignore[attr-defined]
     model.load_state_dict(dense)
 
@@ -192,11 +192,11 @@ def _compressed(w: Tensor) -> Tensor:
 def _check_prunable(place: ParameterUse) -> None:
     for ref in place.refs:
         if ref.owner is None:
-            why = "is a tensor without a module, and torch.nn.utils.prune masks parameters of modules; give the module"
+            why = "is not in a module, and torch.nn.utils.prune masks only parameters of modules; give the module"
         elif ref.key not in ref.owner._parameters:
             why = "is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
         elif isinstance(place.tensor, DTensor):
-            why = "is sharded; RegularizedOptimizer.freeze_zeros() holds zeros there, or give an unsharded copy"
+            why = "is sharded; call RegularizedOptimizer.freeze_zeros() instead, or give an unsharded copy"
         else:
             continue
         raise ValueError(f"parameter {place.name!r} {why}")

@@ -24,7 +24,7 @@ __all__ = ["load_tensors", "report"]
 HEADER = ("name", "shape", "elements", "zeros", "%", "near zeros", "norm", "zero rows", "zero columns", "sparse")
 NEAR = 1e-3  # elements below this fraction of the root mean square of their tensor are near zero
 COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
-CHUNK = 1 << 20  # elements that are converted to float64 at a time
+CHUNK = 1 << 20  # elements converted to float64 at a time
 CONVERT = (
     "make a file of the checkpoint with: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE"
 )
@@ -43,14 +43,14 @@ def report(file: str | Path) -> str:
     - sparse: the size of the dense tensor divided by its size in compressed sparse row format with 32-bit positions,
       if that is smaller.
 
-    A tensor that cannot be counted, such as one on the meta device, has dashes. The file is mapped into memory, so that
-    it may be larger than the memory. Characters of a name that are not printable are escaped.
+    A tensor that cannot be counted, such as one on the meta device, has dashes. The file is memory-mapped, so it may be
+    larger than the memory. Unprintable characters in names are escaped.
 
     Args:
         file: a file of `torch.save` or safetensors. Nothing in it is executed.
 
     Raises:
-        ValueError: the file cannot be read, or has no tensors. The message is one line: the file, and why.
+        ValueError: the file cannot be read, or has no tensors. The message is one line with the file and the reason.
 
     Example:
         >>> import os, tempfile, torch
@@ -98,7 +98,7 @@ def load_tensors(file: str | Path) -> dict[str, Tensor]:
         raise _unreadable(file, f"it is a part of a sharded checkpoint; {CONVERT}")
     tensors: dict[str, Tensor] = {}
     try:
-        with warnings.catch_warnings():  # the error below says in one line what is wrong
+        with warnings.catch_warnings():  # the error below says what is wrong
             warnings.simplefilter("ignore")
             saved = _load(path)
         for name, tensor in _tensors(saved):
@@ -108,7 +108,7 @@ def load_tensors(file: str | Path) -> dict[str, Tensor]:
         raise _unreadable(file, "there is no such file") from None
     except pickle.UnpicklingError:
         raise _unreadable(
-            file, "it holds more than tensors, or is no file of torch.save; nothing was executed"
+            file, "it holds more than tensors, or is not a file of torch.save; nothing was executed"
         ) from None
     except ImportError as error:
         raise _unreadable(file, str(error)) from None
@@ -144,7 +144,7 @@ def _load(path: Path) -> Any:
             raise ImportError("reading it needs safetensors: pip install safetensors") from None
         return load_file(path)
     with path.open("rb") as head:
-        zipped = head.read(2) == b"PK"  # torch maps only its zip format into memory
+        zipped = head.read(2) == b"PK"  # torch can memory-map only its zip format
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
 
 
@@ -189,7 +189,7 @@ def _counts(tensor: Tensor) -> tuple[tuple[int, int, float], list[str]]:
     repeated = [size > 1 and stride == 0 for size, stride in zip(shape, w.stride(), strict=True)]
     w = w[tuple(slice(0, 1) if again else slice(None) for again in repeated)]
     if w.numel() * w.element_size() > w.untyped_storage().nbytes():
-        raise RuntimeError("elements overlap in other ways than by repetition")
+        raise RuntimeError("elements overlap in memory, and not only because the tensor is expanded")
     times = elements // max(w.numel(), 1)
     nonzeros, near, norm = _sizes(w, w.numel())
     zero = []

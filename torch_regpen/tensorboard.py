@@ -1,7 +1,7 @@
-"""WeightLogger: what a penalty does to the weights, on TensorBoard.
+"""WeightLogger: logs the effect of a penalty on the weights to TensorBoard.
 
-The weights are counted on their device, in one pass, and all numbers are transferred at once in each logging step.
-TensorBoard is not imported here: the writer that the user gives imports it.
+The weights are counted on their device in one pass, and each logging step transfers all numbers at once. This module
+does not import TensorBoard; the user's writer does.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["WeightLogger"]
 
 
 class Logged(NamedTuple):
-    """A parameter on the board: the tensor, the groups that may be dead, and the center of its penalty."""
+    """A logged parameter: the tensor, the groups that may be dead, and the center of its penalty."""
 
     tensor: Tensor
     groups: Grouping | None
@@ -46,35 +46,35 @@ class WeightLogger:
     """Writes histograms and exact zeros of the penalized weights, and the penalty itself, to TensorBoard.
 
     Call `step()` after each `optimizer.step()`, before the gradients are cleared. At step 0 and every `every` steps it
-    writes, for each penalized parameter (of a bare model: for each parameter),
+    writes, for each penalized parameter (for a bare model: for each parameter),
 
-    - `weights/NAME`: a histogram of the finite elements, and `nonzero/NAME`: of those that are not zero;
+    - `weights/NAME`: a histogram of the finite elements, and `nonzero/NAME`: a histogram of the nonzero ones;
     - `sparsity/NAME`: the fraction of its elements that are exactly zero, from 0 to 1;
-    - `flipped/NAME`: the fraction that have become zero, or ceased to be, since the last logging step (the last zeros
+    - `flipped/NAME`: the fraction of elements that became zero or nonzero since the last logging step (the last zeros
       are stored on the device, one bit for each element);
-    - `dead_groups/NAME`: the fraction of its groups whose elements are all zero: the groups of the penalty (of a sum:
-      of the first part that has groups); else, for 2 dimensions or more, the output units;
-    - `multiplier/NAME`, given a `RegularizedOptimizer` with a prox: what multiplied lambda in the last prox (its median
-      over a sample): the optimizer's own step for a unit gradient, in mode "dual" the sum of all steps so far;
-    - `nonfinite/NAME`: how many elements are NaN or infinite, where there are any.
+    - `dead_groups/NAME`: the fraction of its groups that are entirely zero. These are the groups of the penalty (in a
+      sum, of the first part that has groups), or else, for 2 dimensions or more, the output units;
+    - `multiplier/NAME`, given a `RegularizedOptimizer` with a prox: the median, over a sample, of the factor on lambda
+      in the last prox: the optimizer's own step for a unit gradient, or in mode "dual" the sum of all steps so far;
+    - `nonfinite/NAME`: the number of NaN and infinite elements, if there are any.
 
     Over all these parameters it writes `sparsity/total` (also `all/sparsity`, which TensorBoard shows first),
-    `flipped/total`, and `norm/l1` and `norm/l2` of the finite elements. Of a penalty it writes `penalty/value`, what
-    `penalty()` returns, and `penalty/lam`, with several parameter groups or parts `penalty/lam/0`, `penalty/lam/1`, ...
-    Of an `ActivityPenalty` it also writes `penalty/activity`, the value divided by lambda, unless lambda is 0.
+    `flipped/total`, and `norm/l1` and `norm/l2` of the finite elements. For a penalty it writes `penalty/value`, the
+    result of `penalty()`, and `penalty/lam`; with several parameter groups or parts, `penalty/lam/0`, `penalty/lam/1`,
+    ... For an `ActivityPenalty` it also writes `penalty/activity`, the value divided by lambda, unless lambda is 0.
 
-    With a center, an element at its center counts as zero, and `nonzero/NAME` is of the differences from the center.
+    With a center, an element at its center counts as zero, and `nonzero/NAME` shows the differences from the center.
     Complex weights are counted by modulus. The bins are symmetric about zero and logarithmic, 8 for each factor of 2;
     exact zeros have a bin of width 0. (TensorBoard draws every histogram in 30 bins of equal width.) The page "Custom
-    Scalars" has all parameters in one chart; `writer.add_custom_scalars`, called before, replaces its layout.
+    Scalars" shows all parameters in one chart. To use your own layout, call `writer.add_custom_scalars` before.
 
     Args:
         writer: a `torch.utils.tensorboard.SummaryWriter`, or anything with its `add_scalar` and `add_histogram_raw`;
             None on ranks that do not write (with sharded parameters every rank must call `step()`).
-        penalty_or_model: the penalty whose parameters are logged, a `RegularizedOptimizer`, for its penalty, an
+        penalty_or_model: the penalty whose parameters are logged, a `RegularizedOptimizer` with such a penalty, an
             `ActivityPenalty`, or a model.
         every: the number of steps from one logging step to the next, 1 or more.
-        select: which parameters of a model to log, as a penalty takes it; None means all.
+        select: the parameters of a model to log, in the forms of a penalty's `select`; None means all.
 
     Raises:
         TypeError: an argument is none of these.
@@ -136,14 +136,14 @@ class WeightLogger:
         """Write, if `global_step` is a multiple of `every`.
 
         To resume a run, pass `global_step`, and open the writer with `purge_step=global_step`. `penalty.stationarity()`
-        needs the gradient of the plain loss at the current weights: take it right after `backward()`, of all data if
-        possible, since `optimizer.step()` changes the weights, and may add the penalty to `.grad`.
+        needs the gradient of the plain loss at the current weights, if possible over all data. Call it right after
+        `backward()`, because `optimizer.step()` changes the weights and may add the penalty to `.grad`.
 
         Args:
-            global_step: the number of this step; None: one more than the last, and 0 at first.
-            loss: the loss of this step without the penalty, a number or a tensor with one element; then `penalty/ratio`
-                is written too, the value of the penalty divided by the loss.
-            stationarity: what `penalty.stationarity()` returned; then `penalty/stationarity` is written too.
+            global_step: the number of this step. None means one more than the last, starting from 0.
+            loss: the loss of this step without the penalty, a number or a tensor with one element. If given,
+                `penalty/ratio` is written too: the value of the penalty divided by the loss.
+            stationarity: the result of `penalty.stationarity()`. If given, `penalty/stationarity` is written too.
 
         Raises:
             TypeError: `global_step` is not an integer.
@@ -166,7 +166,7 @@ class WeightLogger:
         self, logged: dict[str, Logged], loss: float | Tensor | None, stationarity: float | Tensor | None
     ) -> dict[str, Tensor]:
         """All numbers of a logging step, on their devices: one-dimensional tensors by tag."""
-        # Every rank takes part in the penalty and in the counts of sharded parameters: they have collectives.
+        # Every rank computes the penalty and the counts of sharded parameters, because these use collectives.
         rows = self._penalty_rows(loss, stationarity)
         for name, parameter in logged.items():
             if self.writer is not None or isinstance(parameter.tensor, DTensor):
@@ -179,13 +179,13 @@ class WeightLogger:
         return rows
 
     def _penalty_rows(self, loss: float | Tensor | None, stationarity: float | Tensor | None) -> dict[str, Tensor]:
-        """The numbers about the penalty, each as a tensor with one element; none, if there is no penalty."""
+        """The numbers about the penalty, each as a tensor with one element; empty without a penalty."""
         given = {"penalty/loss": loss, "penalty/stationarity": stationarity}
         numbers = {tag: torch.as_tensor(number) for tag, number in given.items() if number is not None}
         for tag, number in numbers.items():
             name = tag.split("/")[1]
             if not self._has_penalty:
-                raise ValueError(f"{name}= is about a penalty; this logger has a bare model: leave it out")
+                raise ValueError(f"{name}= needs a penalty, and this logger has a bare model; leave it out")
             if number.numel() != 1:
                 raise ValueError(
                     f"{name} has shape {tuple(number.shape)}; allowed is a number, or a tensor with one element"
@@ -211,7 +211,7 @@ class WeightLogger:
         return rows
 
     def _write(self, writer: SummaryWriter, step: int, logged: dict[str, Logged], numbers: dict[str, Tensor]) -> None:
-        """Write the numbers of a logging step, which are on the CPU by now."""
+        """Write the numbers of a logging step, which are now on the CPU."""
         if not self._has_layout and hasattr(writer, "add_custom_scalars"):
             writer.add_custom_scalars(layout(bool(logged), self._has_penalty))
             self._has_layout = True
@@ -234,7 +234,7 @@ class WeightLogger:
     def _logged(self) -> dict[str, Logged]:
         """The parameters to log now, by their names on the board.
 
-        Frozen parameters are left out, unless all are frozen, as those of an averaged model.
+        Frozen parameters are left out, unless all are frozen, as in an averaged model.
         """
         if isinstance(self.source, ActivityPenalty):
             return {}

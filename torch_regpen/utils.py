@@ -1,4 +1,4 @@
-"""Helpers for all modules: optional packages, warnings, progress bars and tables."""
+"""Helpers for all modules: optional packages, warnings, progress bars, lists of names and tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-__all__ = ["format_table", "require", "warn", "with_progress_bar"]
+__all__ = ["first_names", "format_table", "require", "warn", "with_progress_bar"]
 
 Item = TypeVar("Item")
 
@@ -55,7 +55,7 @@ def with_progress_bar(items: Iterable[Item], name: str, total: int, done: int = 
 
 
 def warn(message: str) -> None:
-    """Issue a `UserWarning` that points to the innermost line outside this package: the line of the user."""
+    """Issue a `UserWarning` that points to the innermost line outside this package, which is the user's."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and _is_internal(frame.f_globals.get("__name__", "")):
         level, frame = level + 1, frame.f_back
@@ -63,8 +63,27 @@ def warn(message: str) -> None:
 
 
 def _is_internal(module: str) -> bool:
-    """Whether a module is of this package, or has the decorators of torch, such as no_grad."""
+    """Whether a module belongs to this package, or holds torch's decorators, such as no_grad."""
     return module.split(".")[0] == __package__ or module == "torch.utils._contextlib"
+
+
+def first_names(names: Iterable[str], most: int = 4, separator: str = ", ") -> str:
+    """Join the first names, and count the others, so that a message about a large model stays short.
+
+    Args:
+        names: the names.
+        most: the number of names to show.
+        separator: the text between two names.
+
+    Example:
+        >>> from torch_regpen.utils import first_names
+        >>> first_names(["0.weight", "2.weight", "4.weight"], most=2)
+        '0.weight, 2.weight and 1 other'
+    """
+    names = list(names)
+    others = len(names) - most
+    shown = separator.join(names[:most])
+    return shown if others < 1 else f"{shown} and {others} other{'s' * (others > 1)}"
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:

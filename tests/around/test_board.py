@@ -1,18 +1,13 @@
 """At 90% zeros the board still tells what matters: survivors, flips, the multiplier of lambda; the oracle is numpy."""
 
-import os
 import re
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from helpers.operations import LargestCopy
 from torch import nn, optim
 from torch._subclasses import FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 
 from torch_regpen import L1, ActivityPenalty, GroupLasso, RegularizedOptimizer
 from torch_regpen.inspect import zero_bits
@@ -321,7 +316,7 @@ def test_of_activations_their_penalty_and_their_size_are_written(kind, size, tmp
 
 
 def test_activations_before_a_forward_are_refused():
-    with pytest.raises(RuntimeError, match="no forward"):
+    with pytest.raises(RuntimeError, match="has not run yet"):
         logged(ActivityPenalty(nn.Linear(2, 2), 0.1))
 
 
@@ -382,31 +377,3 @@ def test_no_copy_is_larger_than_a_chunk(monkeypatch):
 
 
 # Shards
-
-
-def count_flips_of_shards(rank, folder):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    before, after = sparse(7, 3, zeros=0.5), sparse(7, 3, seed=1, zeros=0.5)
-    mesh = init_device_mesh("cpu", (2,))
-    model = holding(**{f"w{dim}": distribute_tensor(before, mesh, [Shard(dim)]) for dim in (0, 1)})
-    optimizer = RegularizedOptimizer(optim.SGD(model.parameters(), lr=0.1), L1(model, 0.1), "proximal")
-    writer = Recorder() if rank == 0 else None
-    logger = WeightLogger(writer, optimizer)
-    logger.step()
-    with torch.no_grad():
-        for dim, w in enumerate(model.parameters()):
-            w.copy_(distribute_tensor(after, mesh, [Shard(dim)]))
-            w.grad = torch.zeros_like(w)
-    logger.step()
-    if writer is not None:
-        flipped = ((before == 0) != (after == 0)).double().mean().item()
-        for name in ("w0", "w1"):
-            assert writer.scalars[f"flipped/{name}"] == pytest.approx(flipped)
-            assert writer.scalars[f"multiplier/{name}"] == pytest.approx(0.1)
-    dist.destroy_process_group()
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed")
-def test_flips_are_counted_over_all_ranks(tmp_path):
-    mp.spawn(count_flips_of_shards, (str(tmp_path),), nprocs=2)

@@ -102,6 +102,8 @@ def test_the_inflection_is_where_pytorch_cpr_finds_it():
         if state["bound"].isfinite():
             found.setdefault("ours", t)
             assert state["bound"] == pytest.approx(size[found["ours"] - 1] ** 2, rel=1e-5)
+        if len(found) == 2:
+            break
     assert found["ours"] % 200 == 0
     assert abs(found["ours"] - found["theirs"]) <= 200
 
@@ -367,7 +369,7 @@ def test_a_state_of_other_tensors_is_refused():
         bound.load_state_dict(other.state_dict())
     _, other = bounded(network(), "inflection")
     for one, state in ((bound, other.state_dict()), (other, bound.state_dict())):
-        with pytest.raises(ValueError, match="another kind of bound"):
+        with pytest.raises(ValueError, match="does not belong to bound="):
             one.load_state_dict(state)
 
 

@@ -331,7 +331,7 @@ def test_what_belongs_to_another_optimizer_is_refused():
     optimizer, stranger = optimizer_on(network()), optimizer_on(network())
     with pytest.raises(ValueError, match="the given optimizer is not one that the trainer has"):
         attached([optimizer], optimizer=stranger)
-    with pytest.raises(ValueError, match="TargetSparsity was made for another optimizer"):
+    with pytest.raises(ValueError, match="TargetSparsity was made for an optimizer that the trainer does not use"):
         attached([optimizer], schedule=to_sparsity(stranger))
 
 
@@ -359,7 +359,7 @@ def test_a_bad_argument_is_refused_at_once(kw, error, match):
 
 
 def test_a_callable_that_makes_something_else_is_refused():
-    with pytest.raises(TypeError, match="callable that was given for the schedule returned a float"):
+    with pytest.raises(TypeError, match="the callable for the schedule returned a float"):
         attached([optimizer_on(network())], schedule=lambda optimizer: optimizer.penalty.lam)
 
 

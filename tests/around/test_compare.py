@@ -245,15 +245,15 @@ def test_the_plot_is_a_picture(tmp_path):
 @pytest.mark.parametrize(
     ("methods", "lams", "seeds", "message"),
     [
-        ({"plain": (L1, "loss")}, LAMS, [1, 2], "'plain' is always compared with"),
-        ({"a": (L1, "sideways")}, LAMS, [1, 2], "'a' is to be applied by 'sideways'; allowed are 'loss', 'coupled'"),
+        ({"plain": (L1, "loss")}, LAMS, [1, 2], "'plain' is the name of a baseline"),
+        ({"a": (L1, "sideways")}, LAMS, [1, 2], "'a' has the mode 'sideways'; allowed are 'loss', 'coupled'"),
         ({"a": (L0, "loss")}, LAMS, [1, 2], "L0"),
         ({"a": (L0, "coupled")}, LAMS, [1, 2], "L0"),
         ({"a": (L1, "loss")}, [], [1, 2], "given 0 lambdas and 2 seeds"),
         ({"a": (L1, "loss")}, LAMS, [1], "given 2 lambdas and 1 seeds"),
         ({"a": (L1, "loss")}, [-1.0], [1, 2], "-1"),
         ({"a": (partial(L1, select="nowhere"), "loss")}, LAMS, [1, 2], "nowhere"),
-        ({"a": ("proximal", L1)}, LAMS, [1, 2], "'a' is to be applied by <class"),
+        ({"a": ("proximal", L1)}, LAMS, [1, 2], "'a' has the mode <class"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(methods, lams, seeds, message):
@@ -272,10 +272,13 @@ def test_what_cannot_work_is_refused_before_training(methods, lams, seeds, messa
         ({"a": "L1"}, "not 'a': 'L1'"),
         ({3: (L1, "loss")}, "not 3: "),
         ([("a", L1, "loss")], "a dict of name to .*, not a list"),
-        ({"a": (L1(nn.Linear(2, 2), 0.1), "proximal")}, "'a' has a L1 where something that makes .*: a class, as L1"),
-        ({"a": (0.1, "proximal")}, "'a' has a float where"),
-        ({"a": (lambda model, lam: None, "loss")}, "'a' is to make a penalty, and made a NoneType"),
-        ({"a": (lambda model, lam: L1, "proximal")}, "'a' is to make a penalty, and made a "),
+        (
+            {"a": (L1(nn.Linear(2, 2), 0.1), "proximal")},
+            "'a' has a L1; it needs a callable that makes a penalty .* such as L1",
+        ),
+        ({"a": (0.1, "proximal")}, "'a' has a float; it needs"),
+        ({"a": (lambda model, lam: None, "loss")}, "'a' must make a penalty, but made a NoneType"),
+        ({"a": (lambda model, lam: L1, "proximal")}, "'a' must make a penalty, but made a "),
     ],
 )
 def test_what_is_no_method_is_refused_before_training(methods, message):

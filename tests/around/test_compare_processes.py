@@ -96,7 +96,7 @@ def test_a_process_that_dies_is_an_error_that_says_why():
 def test_what_no_other_process_can_import_is_refused_before_training(name):
     methods = {"L1": (lambda model, lam: L1(model, lam), "loss")} if name == "methods" else {}
     changes = {} if name == "methods" else {name: lambda *args: SETUP[name](*args)}
-    with pytest.raises(TypeError, match=rf"and {name} cannot be imported .*top level of a file.*Or leave out n_jobs"):
+    with pytest.raises(TypeError, match=rf"but {name} cannot be imported .*top level of a file.*Or leave out n_jobs"):
         compare(methods, [0.1], **SETUP | changes, n_jobs=2)
 
 

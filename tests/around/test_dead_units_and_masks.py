@@ -85,7 +85,7 @@ def test_dead_units_of_sharded_weights(one_rank):
 def test_what_is_neither_penalty_nor_model_is_refused(function, model):
     with pytest.raises(TypeError, match=r"list; allowed are a penalty.*nn\.Module"):
         function([model[0].weight])
-    with pytest.raises(ValueError, match="beside a penalty"):
+    with pytest.raises(ValueError, match="with a penalty"):
         function(L1(model, 0.1), select="*")
     with pytest.raises(ValueError, match="matches none"):
         function(model, select="nothing")
@@ -185,7 +185,7 @@ def test_layers_with_several_weights_of_their_own(make):
 
 
 def test_what_cannot_be_masked_is_refused_and_nothing_is_changed(model, one_rank):
-    with pytest.raises(ValueError, match=r"'w' is a tensor without a module"):
+    with pytest.raises(ValueError, match=r"'w' is not in a module"):
         prune_masks(L1([("w", torch.zeros(2, requires_grad=True))], 0.1))
     parametrizations.orthogonal(model[2])
     zero_(model[2].parametrizations.weight.original, 0, [1])

@@ -424,3 +424,21 @@ def test_what_makes_no_sense_is_refused():
     for mode in ("coupled", "decoupled"):
         with pytest.raises(ValueError, match="use mode='dual' or 'proximal'"):
             TargetSparsity(RegularizedOptimizer(momentum(model), L1(model, 0.1), mode), 0.5, steps=10)
+
+
+def test_a_target_or_a_ramp_of_another_kind_is_refused_at_once():
+    w = torch.linspace(0, 1, 100).requires_grad_()
+    optimizer = RegularizedOptimizer(torch.optim.SGD([w], lr=0.1), L1([w], lam=1.0), "dual")
+    for target in ("0.5", torch.tensor(0.5)):
+        with pytest.raises(TypeError, match="target must be a number"):
+            TargetSparsity(optimizer, target, steps=10)
+    with pytest.raises(TypeError, match="ramp must be a function"):
+        TargetSparsity(optimizer, 0.5, steps=10, ramp="cubic")
+    for value in (50.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=rf"ramp must be from \[0, 1\] to \[0, 1\], but ramp\(1\) is {value:g}"):
+            TargetSparsity(optimizer, 0.5, steps=10, ramp=lambda x, value=value: value)
+    schedule = TargetSparsity(optimizer, 0.5, steps=10, ramp=lambda x: 1.0 if x == 1 else -1.0)  # wrong on the way
+    w.grad = torch.zeros_like(w)
+    with pytest.raises(ValueError, match=r"ramp\(0\.1\) is -1"):
+        optimizer.step()
+    assert schedule.factor == 1.0

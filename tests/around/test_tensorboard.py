@@ -199,7 +199,7 @@ def test_select_says_which_parameters_of_a_model(board, select):
 def test_select_that_means_nothing_is_refused():
     with pytest.raises(ValueError, match=r"'wieght' matches none.*near matches: weight"):
         WeightLogger(None, nn.Linear(2, 2), select="wieght")
-    with pytest.raises(ValueError, match="beside a penalty"):
+    with pytest.raises(ValueError, match="with a penalty"):
         WeightLogger(None, L1(nn.Linear(2, 2), 0.1), select="weight")
 
 

@@ -7,10 +7,12 @@ import time
 import warnings
 from statistics import median
 
+import timm
 import torch
-import torch_pruning as tp
 import torchvision
+import transformers
 from torch.fx.experimental.optimization import fuse
+from torch.utils.flop_counter import FlopCounterMode
 
 from torch_regpen.export import shrink
 from torch_regpen.penalties.coupling import coupled_units
@@ -49,10 +51,10 @@ def linear(size=2048):
             print(f"| {zeros:.0%} | {batch} | {dense:.2f} | {sparse:.2f} | {dense / sparse:.1f} |")
 
 
-def resnet(gone):
-    """ResNet-18 without a part of its channels, chosen at random."""
+def without(make, x, gone):
+    """A network without a part of its units, chosen at random."""
     torch.manual_seed(0)
-    model, x = torchvision.models.resnet18(num_classes=10).eval(), torch.randn(1, 3, 64, 64)
+    model = make().eval()
     for units in coupled_units(model, x)[0]:
         chosen = torch.randperm(units.count)[: int(gone * units.count)]
         for part in units.members:
@@ -60,26 +62,78 @@ def resnet(gone):
     return shrink(model, x)
 
 
+def operations(model, x):
+    """Floating-point operations of a forward pass."""
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    return counter.get_total_flops()
+
+
+def fused(model):
+    """Norms fused into convolutions, and channels last."""
+    return fuse(model).to(memory_format=torch.channels_last)
+
+
 @torch.no_grad()
-def channels():
-    """Networks as they are, and with norms fused into convolutions and channels last."""
+def resnet():
+    """ResNet-18 as it is, and with norms fused into convolutions and channels last."""
     print("\nResNet-18 at 224 x 224\n")
     print("| channels gone | multiply-adds | times fewer | batch | as it is, ms | times as fast ", end="")
     print("| fused, channels last, ms | times as fast |\n" + "|---" * 8 + "|")
-    parts = (0.0, 0.5, 0.7)
-    plain = [resnet(gone) for gone in parts]
-    fused = [fuse(model).to(memory_format=torch.channels_last) for model in plain]
-    operations = [tp.utils.count_ops_and_params(model, torch.randn(1, 3, 224, 224))[0] for model in plain]
+    parts, image = (0.0, 0.5, 0.7), torch.randn(1, 3, 224, 224)
+    plain = [without(torchvision.models.resnet18, torch.randn(1, 3, 64, 64), gone) for gone in parts]
+    deployed = list(map(fused, plain))
+    counts = [operations(model, image) / 2 for model in plain]
     for batch in (1, 8):
-        x = torch.randn(batch, 3, 224, 224)
+        x = image.expand(batch, -1, -1, -1).contiguous()
         last = x.to(memory_format=torch.channels_last)
-        jobs = [*((model, x) for model in plain), *((model, last) for model in fused)]
+        jobs = [*((model, x) for model in plain), *((model, last) for model in deployed)]
         times = milliseconds(*(lambda model=model, x=x: model(x) for model, x in jobs), rounds=9)
         for i, gone in enumerate(parts):
-            print(f"| {gone:.0%} | {operations[i] / 1e6:.0f}M | {operations[0] / operations[i]:.1f} | {batch} ", end="")
+            print(f"| {gone:.0%} | {counts[i] / 1e6:.0f}M | {counts[0] / counts[i]:.1f} | {batch} ", end="")
             ms, ms_fused = times[i], times[i + 3]
             print(f"| {ms:.0f} | {times[0] / ms:.1f} | {ms_fused:.0f} | {times[3] / ms_fused:.1f} |")
 
 
-linear()
-channels()
+def bert():
+    """The encoder of a small BERT."""
+    return transformers.BertModel(
+        transformers.BertConfig(
+            hidden_size=512, num_hidden_layers=4, num_attention_heads=8, intermediate_size=2048, return_dict=False
+        )
+    )
+
+
+NETWORKS = {
+    "ResNet-18": (torchvision.models.resnet18, torch.randn(1, 3, 224, 224)),
+    "VGG-11 with BatchNorm": (torchvision.models.vgg11_bn, torch.randn(1, 3, 224, 224)),
+    "MobileNetV2": (torchvision.models.mobilenet_v2, torch.randn(1, 3, 224, 224)),
+    "ConvNeXt-T": (torchvision.models.convnext_tiny, torch.randn(1, 3, 224, 224)),
+    "ViT-S/16": (lambda: timm.create_model("vit_small_patch16_224"), torch.randn(1, 3, 224, 224)),
+    "BERT, 4 layers": (bert, torch.randint(1000, (1, 128))),
+}
+
+
+@torch.no_grad()
+def networks():
+    """Networks of usual sizes without half of their units; those with BatchNorm are fused, channels last."""
+    print("\nWithout half of the units\n\n| network | multiply-adds | times fewer | batch | ms | times as fast |")
+    print("|---" * 6 + "|")
+    for name, (make, x) in NETWORKS.items():
+        pair = [without(make, x, gone) for gone in (0.0, 0.5)]
+        counts = [operations(model, x) for model in pair]
+        if any(isinstance(layer, torch.nn.BatchNorm2d) for layer in pair[0].modules()):
+            pair = list(map(fused, pair))
+        for batch in (1, 8):
+            xs = x.expand(batch, *x.shape[1:]).contiguous()
+            if xs.ndim == 4:
+                xs = xs.to(memory_format=torch.channels_last)
+            times = milliseconds(*(lambda model=model, xs=xs: model(xs) for model in pair), rounds=9)
+            print(f"| {name} | {counts[1] / 2e6:.0f}M | {counts[0] / counts[1]:.1f} | {batch} ", end="")
+            print(f"| {times[1]:.0f} | {times[0] / times[1]:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    linear()
+    resnet()
+    networks()

@@ -171,6 +171,38 @@ def the_board_counts_over_all_ranks():
         assert histograms_of_shards == histograms
 
 
+def the_board_counts_flips_over_all_ranks():
+    class Writer:
+        def __init__(self):
+            self.scalars = {}
+
+        def add_scalar(self, tag, value, step):
+            self.scalars[tag] = value
+
+        def add_histogram_raw(self, *_, **__):
+            pass
+
+    mesh = init_device_mesh("cpu", (2,))
+    before, after = (torch.randn(7, 3) * (torch.rand(7, 3) < 0.5) for _ in range(2))
+    model = nn.Module()
+    for dim in (0, 1):
+        model.register_parameter(f"w{dim}", nn.Parameter(distribute_tensor(before, mesh, [Shard(dim)])))
+    optimizer = RegularizedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), L1(model, 0.1), "proximal")
+    writer = Writer() if dist.get_rank() == 0 else None
+    logger = WeightLogger(writer, optimizer)
+    logger.step()
+    with torch.no_grad():
+        for dim, w in enumerate(model.parameters()):
+            w.copy_(distribute_tensor(after, mesh, [Shard(dim)]))
+            w.grad = torch.zeros_like(w)
+    logger.step()
+    if writer is not None:
+        flipped = ((before == 0) != (after == 0)).double().mean().item()
+        for name in ("w0", "w1"):
+            assert writer.scalars[f"flipped/{name}"] == pytest.approx(flipped)
+            assert writer.scalars[f"multiplier/{name}"] == pytest.approx(0.1)
+
+
 CHECKS = {
     2: [
         the_value_is_that_of_one_process_and_takes_one_collective,
@@ -181,6 +213,7 @@ CHECKS = {
         n_of_m_survive_where_the_shards_cut_through_rows,
         summary_and_logger_are_called_by_every_rank,
         the_board_counts_over_all_ranks,
+        the_board_counts_flips_over_all_ranks,
     ],
     4: [
         the_value_is_that_of_one_process_and_takes_one_collective,

@@ -65,21 +65,6 @@ def test_a_coupled_decay_acts_on_the_visible_weights(name, mode, own):
     assert objective(problem, found, LAM, DECAY + 2 * own) == pytest.approx(best, rel=1e-6)
 
 
-def test_a_decoupled_decay_acts_on_the_visible_weights():
-    """AdamW rests where its own step of the gradient, of the penalty and the decay are in balance."""
-    ends = {}
-    for mode in ("proximal", "dual"):
-        problem = diabetes()
-        inner = optim.AdamW(problem.model.parameters(), lr=0.01, weight_decay=DECAY)
-        ends[mode] = solve(problem, RegularizedOptimizer(inner, L1(problem.model, LAM), mode), 1500, 1000)
-        moment = inner.state[problem.model.weight]["exp_avg_sq"].numpy()[0]
-        residual = problem.gradient().numpy()[0] + DECAY * np.sqrt(moment) * ends[mode]
-        alive = ends[mode] != 0
-        np.testing.assert_allclose(residual[alive], -LAM * np.sign(ends[mode][alive]), atol=5e-3)
-        assert (np.abs(residual[~alive]) <= LAM).all()
-    np.testing.assert_allclose(ends["dual"], ends["proximal"], atol=5e-3)
-
-
 @pytest.mark.parametrize("mode", ["proximal", "dual"])
 def test_the_decay_of_adamw_beside_l1_ends_at_a_known_optimum(mode):
     """At rest Adam divides by `|g|`, so `g + DECAY*|g|*w + LAM*sign(w) = 0`, where `|g| = LAM / (1 - DECAY*|w|)`.

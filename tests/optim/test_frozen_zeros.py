@@ -248,3 +248,31 @@ def test_an_average_that_starts_again_after_freezing_has_the_zeros():
         train_on_batches(model, optimizer, 1, start=step)
         average.update_parameters(model)
     assert torch.equal(average.module[0].weight == 0, model[0].weight == 0)
+
+
+def test_a_scalar_trains_after_unfreezing_as_a_vector_of_one_element():
+    for make in (optim.NAdam, optim.ASGD):
+        ws = [torch.tensor(1.0, requires_grad=True), torch.tensor([1.0], requires_grad=True)]
+        optimizer = RegularizedOptimizer(make(ws, lr=0.1), L1(ws, 100.0, select="all"), "proximal")
+        for grad in (0.1, -1.0, -1.0):
+            for w in ws:
+                w.grad = torch.full_like(w, grad)
+            optimizer.step()
+            if grad > 0:
+                with pytest.warns(UserWarning, match="are zero and stay zero"):
+                    optimizer.freeze_zeros()
+                optimizer.unfreeze_zeros()
+                optimizer.penalty.lam = 0.0
+        assert ws[0] != 0
+        torch.testing.assert_close(ws[0], ws[1][0])
+
+
+def test_an_empty_tensor_is_not_named_as_a_layer_of_zeros():
+    ws = [torch.zeros(0, 4, requires_grad=True), torch.ones(2, 3, requires_grad=True)]
+    optimizer = RegularizedOptimizer(optim.SGD(ws, lr=0.1), L1(ws, 0.1), "proximal")
+    for w in ws:
+        w.grad = torch.zeros_like(w)
+    optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.freeze_zeros()

@@ -10,6 +10,7 @@ from helpers.optimizers import Homemade, adam, direct_modes, sgd
 from torch import nn
 
 from torch_regpen import L0, L1, L2, GroupLasso, Penalty, RegularizedOptimizer
+from torch_regpen.utils import first_names
 
 # Errors and warnings
 
@@ -170,6 +171,16 @@ def test_weight_decay_on_other_parameters_does_not_warn():
         RegularizedOptimizer(torch.optim.AdamW(groups, weight_decay=0.1), L2(model, 0.1))
 
 
+def test_messages_show_the_first_names_and_count_the_others():
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(50)))
+    with pytest.raises(ValueError, match=r": 0\.weight, 1\.weight, 2\.weight, 3\.weight and 46 others\. Pass"):
+        RegularizedOptimizer(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1), L1(model, 0.1))
+    with pytest.warns(UserWarning, match=r"both shrink 0\.weight, 1\.weight, 2\.weight, 3\.weight and 46 others\. Set"):
+        RegularizedOptimizer(torch.optim.AdamW(model.parameters()), L2(model, 0.1))
+    assert first_names(["a", "b", "c"], most=2, separator="; ") == "a; b and 1 other"
+    assert first_names(["a", "b"], most=2) == "a, b"
+
+
 def convolutions(norm):
     """A convolution with a norm behind it, a second one with none, and a linear layer."""
     return nn.Sequential(nn.Conv2d(1, 8, 3), norm, nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 3))
@@ -179,7 +190,9 @@ def convolutions(norm):
 @pytest.mark.parametrize("penalty", [GroupLasso, partial(L0, groups=0)])
 def test_filters_as_groups_before_a_batchnorm_warn(penalty, mode):
     model = convolutions(nn.BatchNorm2d(8))
-    with pytest.warns(UserWarning, match=r"^'0\.weight' seem to feed a BatchNorm.*Coupled\(model") as caught:
+    with pytest.warns(
+        UserWarning, match=r"^a BatchNorm or InstanceNorm seems to follow '0\.weight'\. .*Coupled\(model"
+    ) as caught:
         RegularizedOptimizer(sgd(model), penalty(model, 1e-3), mode)
     assert len(caught) == 1
     assert caught[0].filename == __file__
@@ -238,3 +251,18 @@ def test_a_penalty_in_the_loss_before_the_optimizer_took_it_warns_not():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, RegularizedOptimizer(sgd(model), penalty), steps=2)
+
+
+@pytest.mark.parametrize("mode", ["proximal", "dual"])
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.RMSprop])
+def test_a_momentum_of_1_is_refused_where_the_step_depends_on_it(make, mode):
+    w = torch.ones(2, 2, requires_grad=True)
+    with pytest.raises(ValueError, match=r"momentum=1 .* below 1, metric='euclidean'"):
+        RegularizedOptimizer(make([w], lr=0.1, momentum=1.0), L1([w], 0.1), mode)
+    optimizer = RegularizedOptimizer(make([w], lr=0.1, momentum=0.9), L1([w], 0.1), mode)
+    optimizer.param_groups[0]["momentum"] = 1.5
+    w.grad = torch.ones_like(w)
+    with pytest.raises(ValueError, match=r"momentum=1\.5"):
+        optimizer.step()
+    for kwargs in ({"mode": "coupled"}, {"mode": mode, "metric": "euclidean"}):
+        RegularizedOptimizer(make([w], lr=0.1, momentum=1.0), L1([w], 0.1), **kwargs).step()

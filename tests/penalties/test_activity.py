@@ -152,7 +152,7 @@ def test_copies_of_the_model_are_watched_by_copies_of_the_penalty():
     copied(2 * x)
     assert penalty().item() == value
     for other, of_other in (copy.deepcopy((model, penalty)), pickle.loads(pickle.dumps((model, penalty)))):
-        with pytest.raises(RuntimeError, match="no forward"):
+        with pytest.raises(RuntimeError, match="has not run yet"):
             of_other()
         other(2 * x)
         assert of_other().item() != value
@@ -315,7 +315,7 @@ def test_a_part_that_runs_without_gradient_by_itself_is_no_error():
 def test_before_any_forward_there_is_nothing_to_penalize():
     model, x = network(), torch.randn(5, 3, dtype=torch.float64)
     penalty = ActivityPenalty(model, 1.0)
-    with pytest.raises(RuntimeError, match="no forward of the model yet"):
+    with pytest.raises(RuntimeError, match="the model has not run yet"):
         penalty()
     with torch.no_grad():
         nn.DataParallel(model)(x)

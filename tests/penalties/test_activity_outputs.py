@@ -96,7 +96,7 @@ def test_an_output_that_cannot_be_meant_is_an_error(make, told):
 def test_the_kind_in_either_case_and_what_its_repr_says():
     model = nn.Sequential(*(nn.ReLU() for _ in range(6)))
     for kind in ("L1", "l1", "L2", "l2"):
-        expected = f"ActivityPenalty(lam=0.25, kind={kind.lower()!r}, 6 modules: 0, 1, 2, 3, ...)"
+        expected = f"ActivityPenalty(lam=0.25, kind={kind.lower()!r}, 6 modules: 0, 1, 2, 3 and 2 others)"
         assert repr(ActivityPenalty(model, 0.25, kind)) == expected
     for kind in (1, None, L1):
         with pytest.raises(ValueError, match="'l1' or 'l2'"):

@@ -107,6 +107,26 @@ def test_the_fixed_point_of_l2_sp(mode):
     assert penalty.stationarity() < 10 * tolerance
 
 
+@pytest.mark.parametrize("cast", [False, True])
+def test_decoupled_l2_sp_is_adamw_on_the_distance_from_the_center(cast):
+    model = nn.Linear(4, 3, bias=False) if cast else nn.Linear(4, 3, bias=False).double()
+    penalty = L2(model, 0.15, center="initial")
+    model.double()  # the center stays in the dtype that it was taken in
+    center = model.weight.detach().clone()
+    distance = nn.Parameter(torch.zeros(3, 4).double())
+    theirs = torch.optim.AdamW([distance], lr=0.1, weight_decay=0.3)
+    adamw = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0)
+    optimizer = RegularizedOptimizer(adamw, penalty, "decoupled")
+    for _ in range(5):
+        distance.grad = torch.randn(3, 4).double()
+        distance.grad[0] = 0
+        model.weight.grad = distance.grad.clone()
+        theirs.step()
+        optimizer.step()
+    torch.testing.assert_close(model.weight.detach(), center + distance.detach(), rtol=1e-13, atol=1e-13)
+    assert torch.equal(model.weight[0], center[0])
+
+
 def test_l1_around_a_center_is_sparse_in_what_has_moved():
     a, c = torch.randn(40).double(), torch.randn(40).double()
     w = nn.Parameter(c.clone())

@@ -117,7 +117,7 @@ def test_coupled_is_the_loss_and_the_other_modes_say_why_not(measure):
             wrapped.step()
         ends.append(w.detach())
     torch.testing.assert_close(*ends)
-    for mode, why in (("decoupled", "no sum over"), ("proximal", "no proximal map"), ("dual", "no proximal map")):
+    for mode, why in (("decoupled", "not a sum over"), ("proximal", "no proximal map"), ("dual", "no proximal map")):
         for other in (penalty, penalty + L1([w], 0.1)):
             with pytest.raises(ValueError, match=f"Orthogonal.*{why}"):
                 RegularizedOptimizer(optimizer, other, mode)

@@ -268,6 +268,6 @@ def test_where_no_gradient_is_known_a_sum_without_prox_names_a_way_that_works():
     model = nn.Linear(4, 4)
     plain = torch.optim.SGD(model.parameters(), lr=0.1)
     zeroing, other = L0(model, 0.1), L2(model, 0.2)
-    with pytest.raises(ValueError, match=r"give each a mode of its own.*'proximal'.*'decoupled'"):
+    with pytest.raises(ValueError, match=r"give each its own mode.*'proximal'.*'decoupled'"):
         RegularizedOptimizer(plain, zeroing + other, "proximal")
     RegularizedOptimizer(plain, [(zeroing, "proximal"), (other, "decoupled")])

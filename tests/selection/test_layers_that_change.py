@@ -8,6 +8,7 @@ import torch
 from helpers.kinds import l1
 from helpers.nets import Classifier, names
 from torch import nn
+from torch.nn.utils import prune
 
 from torch_regpen import L1, L2, ElasticNet, RegularizedOptimizer
 
@@ -39,7 +40,7 @@ def test_a_layer_that_is_taken_away_is_penalized_no_more():
     model.fc = nn.Identity()
     assert names(penalty) == ["body.0.weight"]
     model.body = nn.Identity()
-    with pytest.raises(ValueError, match="none of the penalized parameters is left"):
+    with pytest.raises(ValueError, match="has none of the penalized parameters any more"):
         penalty()
 
 
@@ -74,7 +75,7 @@ def test_weights_go_by_the_name_of_a_replaced_layer_and_must_fit_it():
     model.fc = nn.Linear(8, 3)
     torch.testing.assert_close(penalty().detach(), l1(model.body[0].weight) + 2 * l1(model.fc.weight))
     model.fc = nn.Linear(8, 2)
-    with pytest.raises(ValueError, match="build the penalty anew"):
+    with pytest.raises(ValueError, match="build a new penalty"):
         penalty()
 
 
@@ -82,7 +83,7 @@ def test_the_center_of_a_replaced_layer_is_gone():
     model = Classifier()
     penalty = L2(model, 1.0, center="initial")
     model.fc = nn.Linear(8, 3)
-    with pytest.raises(ValueError, match="build the penalty anew"):
+    with pytest.raises(ValueError, match="build a new penalty"):
         penalty()
 
 
@@ -114,7 +115,7 @@ def test_a_pickled_choice_by_a_lambda_goes_on_until_it_is_asked():
     torch.testing.assert_close(of_copy(), penalty())
     assert names(copy.deepcopy(penalty)) == ["fc.weight"]
     copied.more = nn.Linear(3, 3)
-    with pytest.raises(ValueError, match=r"more\.weight.*build the penalty anew"):
+    with pytest.raises(ValueError, match=r"more\.weight.*build a new penalty"):
         of_copy()
 
 
@@ -140,3 +141,23 @@ def test_a_frozen_layer_beside_others_is_left_alone_by_the_prox():
     L1(model, 1.0).prox_(0.1)
     assert torch.equal(model.body[0].weight, before)
     assert (model.fc.weight == 0).any()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_layer_pruned_or_restored_in_training_keeps_its_penalty(late):
+    model = Classifier()
+    if late:  # the penalty is built on the pruned model
+        prune.l1_unstructured(model.fc, "weight", 0.5)
+    penalty = L1(model, 0.1, select="fc.weight*")
+    optimizer = RegularizedOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), penalty, "proximal")
+    penalty()
+    for change in (prune.remove, prune.random_unstructured, prune.remove) if late else (prune.random_unstructured,):
+        change(model.fc, "weight", **({"amount": 0.5} if change is prune.random_unstructured else {}))
+        weight = dict(model.fc.named_parameters()).get("weight_orig", model.fc.weight)
+        before = weight.detach().clone()
+        torch.testing.assert_close(penalty().detach(), 0.1 * before.abs().sum())
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        torch.testing.assert_close(weight.detach(), nn.functional.softshrink(before, 0.1))
+        model.body.append(nn.ReLU())  # all layers are looked up again
+        assert len(names(penalty)) == 1

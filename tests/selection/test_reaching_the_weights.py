@@ -106,7 +106,7 @@ def test_a_center_that_is_not_the_one_that_was_saved_is_refused():
 
     resumed = Classifier()
     resumed.load_state_dict(trained)
-    with pytest.raises(ValueError, match="another center"):
+    with pytest.raises(ValueError, match="a different center"):
         L2(resumed, 1.0, center="initial").load_state_dict(saved)
     again = L2(resumed, 0.1, center=begun)
     again.load_state_dict(saved)

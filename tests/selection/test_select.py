@@ -148,7 +148,7 @@ def test_an_empty_iterable_is_refused():
 def test_a_tensor_that_is_no_leaf_is_refused():
     w = torch.ones(3, requires_grad=True)
     for params in ([w * 2], [("double", w * 2)], [{"params": [w, w * 2]}], w * 2):
-        with pytest.raises(ValueError, match="no leaf"):
+        with pytest.raises(ValueError, match="not a leaf"):
             L1(params, 0.1)
 
 

@@ -1,6 +1,6 @@
-"""Callbacks for trainers: they steer a schedule, log the weights and freeze zeros, without a line in the user's loop.
+"""Callbacks for trainers: they step a schedule, log the weights and freeze zeros.
 
-Each is imported when it is asked for, so that nobody needs the framework of the other.
+Each is imported on first use, so that only its own framework must be installed.
 """
 
 from __future__ import annotations

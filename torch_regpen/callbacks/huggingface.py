@@ -18,14 +18,14 @@ __all__ = ["TrainerRegularizer"]
 class TrainerRegularizer(Regularizer, TrainerCallback, ExportableState):
     """Steps a schedule of lambda, freezes zeros and logs the weights, in the Trainer of transformers.
 
-    It acts after each step of the `RegularizedOptimizer` that the Trainer has: batches whose gradients are accumulated
-    do not count, nor do steps that a GradScaler skips. It finds the optimizer by itself. Its state, the number of steps
-    and that of the schedule, is in the `trainer_state.json` of the Trainer's checkpoints, as is that zeros are frozen,
-    in the state of the optimizer. It comes back by `trainer.train(resume_from_checkpoint=...)`; leave
-    `restore_callback_states_from_checkpoint` at False, which replaces callbacks by new ones without their arguments.
+    It finds the `RegularizedOptimizer` of the Trainer and acts after each of its steps. Batches whose gradients are
+    only accumulated do not count, nor do steps that a GradScaler skips. The Trainer's checkpoints contain the number of
+    steps and the state of the schedule (in `trainer_state.json`), and the frozen zeros (in the optimizer state). To
+    resume, call `trainer.train(resume_from_checkpoint=...)`. Leave `restore_callback_states_from_checkpoint` at False;
+    True would replace the callback with a new one without its arguments.
 
     Args:
-        optimizer: the optimizer to follow; None: that of the Trainer.
+        optimizer: the optimizer to follow; None means that of the Trainer.
         schedule: a schedule of `torch_regpen.schedules`, or a callable that makes it from the optimizer.
         logger: a `WeightLogger`, or a callable that makes it from the optimizer. It gets the number of steps taken.
         freeze_at: the number of steps after which `optimizer.freeze_zeros()` is called, 0 or more. Zeros then stay
@@ -34,7 +34,7 @@ class TrainerRegularizer(Regularizer, TrainerCallback, ExportableState):
     Raises:
         TypeError: an argument is none of these.
         ValueError: `freeze_at` is negative; when the training begins, the Trainer has no `RegularizedOptimizer`, or
-            another than the one that was given, or that the schedule was made for.
+            not the one that was given or that the schedule was made for.
 
     Example:
         >>> import torch
@@ -46,37 +46,37 @@ class TrainerRegularizer(Regularizer, TrainerCallback, ExportableState):
         >>> optimizer = RegularizedOptimizer(torch.optim.Adam(model.parameters()), penalty, mode="proximal")
         >>> callback = TrainerRegularizer(schedule=LinearRamp(penalty, steps=100), freeze_at=500)
 
-        It then goes to `transformers.Trainer(..., optimizers=(optimizer, None), callbacks=[callback])`.
+        Pass it to the trainer: `transformers.Trainer(..., optimizers=(optimizer, None), callbacks=[callback])`.
     """
 
     HOW = (
         "pass Trainer(..., optimizers=(RegularizedOptimizer(optimizer, penalty, mode='proximal'), scheduler)), and "
-        "that one, or none, to the callback"
+        "pass this optimizer, or none, to the callback"
     )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Find the optimizer: a checkpoint has been loaded by now."""
+        """Find the optimizer. A checkpoint is already loaded at this point."""
         saved = state.stateful_callbacks.get(type(self).__name__)
         if isinstance(saved, list):
             raise ValueError(
-                f"the checkpoint holds the states of {len(saved)} {type(self).__name__}s, and does not say whose they "
-                "are; use one"
+                f"the checkpoint holds the states of {len(saved)} {type(self).__name__}s, and does not say which is "
+                "which; use only one"
             )
         if saved is not None and state.global_step:
             self.load_state_dict(_decoded(saved["attributes"]["saved"]))
         self._attach([kwargs["optimizer"]])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let go of the optimizer."""
+        """Detach from the optimizer."""
         self._detach()
 
     def state(self) -> dict[str, Any]:
-        """What the Trainer puts into its checkpoints."""
+        """The state that the Trainer saves in its checkpoints."""
         return {"args": {}, "attributes": {"saved": self.saved}}
 
     @property
     def saved(self) -> str:
-        """The state as text: a schedule may hold tensors, and the Trainer writes JSON."""
+        """The state as text, because a schedule may hold tensors, and the Trainer writes JSON."""
         file = io.BytesIO()
         torch.save(self.state_dict(), file)
         return base64.b64encode(file.getvalue()).decode()
@@ -84,8 +84,8 @@ class TrainerRegularizer(Regularizer, TrainerCallback, ExportableState):
     @saved.setter
     def saved(self, saved: str) -> None:
         raise ValueError(
-            "restore_callback_states_from_checkpoint=True replaces this callback by a new one, without its schedule "
-            "and its logger: leave it at False; the callback takes its state from the checkpoint by itself"
+            "restore_callback_states_from_checkpoint=True replaces this callback with a new one, without its schedule "
+            "and its logger; leave it at False: the callback loads its state from the checkpoint by itself"
         )
 
 

@@ -20,14 +20,13 @@ __all__ = ["LightningRegularizer"]
 class LightningRegularizer(Regularizer, Callback):
     """Steps a schedule of lambda, freezes zeros and logs the weights, in Lightning's Trainer.
 
-    It acts after each step of the `RegularizedOptimizer` that `configure_optimizers` returns: batches whose gradients
-    are accumulated do not count, nor do steps that a GradScaler skips. It finds the optimizer by itself. Its state, the
-    number of steps and that of the schedule, is in Lightning's checkpoints, as is that zeros are frozen, in the state
-    of the optimizer.
+    It finds the `RegularizedOptimizer` that `configure_optimizers` returns and acts after each of its steps. Batches
+    whose gradients are only accumulated do not count, nor do steps that a GradScaler skips. Lightning's checkpoints
+    contain the number of steps, the state of the schedule, and the frozen zeros (in the optimizer state).
 
     Args:
-        optimizer: the optimizer to follow, where `configure_optimizers` returns several `RegularizedOptimizer`s.
-        schedule: a schedule of `torch_regpen.schedules`, or a callable that makes it from the optimizer, which is there
+        optimizer: the optimizer to follow, if `configure_optimizers` returns several `RegularizedOptimizer`s.
+        schedule: a schedule of `torch_regpen.schedules`, or a callable that makes it from the optimizer, which exists
             only when the training begins.
         logger: a `WeightLogger`, or a callable that makes it from the optimizer. It gets the number of steps taken.
         freeze_at: the number of steps after which `optimizer.freeze_zeros()` is called, 0 or more. Zeros then stay
@@ -35,8 +34,8 @@ class LightningRegularizer(Regularizer, Callback):
 
     Raises:
         TypeError: an argument is none of these.
-        ValueError: `freeze_at` is negative; when the training begins, there is no `RegularizedOptimizer`, or several
-            and none was given, or the schedule was made for another.
+        ValueError: `freeze_at` is negative; when the training begins, there is no `RegularizedOptimizer`, or there are
+            several and none was given, or the schedule was made for a different one.
 
     Example:
         >>> import lightning
@@ -49,17 +48,17 @@ class LightningRegularizer(Regularizer, Callback):
 
     HOW = (
         "let configure_optimizers return RegularizedOptimizer(optimizer, penalty, mode='proximal'), alone or as "
-        "{'optimizer': ...}, and give that one, or none, to the callback"
+        "{'optimizer': ...}, and pass this optimizer, or none, to the callback"
     )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Find the optimizer: a checkpoint has been loaded by now."""
+        """Find the optimizer. A checkpoint is already loaded at this point."""
         self._attach(trainer.optimizers)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Let go of the optimizer."""
+        """Detach from the optimizer."""
         self._detach()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Let go of the optimizer."""
+        """Detach from the optimizer."""
         self._detach()

@@ -1,4 +1,4 @@
-"""What the callbacks of all trainers do: attach to the optimizer, and act after each of its steps."""
+"""The base of the callbacks: it attaches to the optimizer and acts after each of its steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Logger", "Regularizer", "Schedule", "ScheduleLike"]
 
 @runtime_checkable
 class ScheduleLike(Protocol):
-    """What a callback asks of a schedule; those of `torch_regpen.schedules` have it."""
+    """The methods of a schedule that a callback uses; all schedules of `torch_regpen.schedules` have them."""
 
     def step(self) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -30,11 +30,11 @@ Logger = WeightLogger | Callable[[RegularizedOptimizer], WeightLogger]
 class Regularizer:
     """Steps a schedule, freezes zeros and logs, after each step of a `RegularizedOptimizer`.
 
-    It counts by a step hook of the optimizer: batches whose gradients are accumulated do not count, nor do steps that a
-    GradScaler skips.
+    It counts in a step hook of the optimizer. Batches whose gradients are only accumulated do not count, nor do steps
+    that a GradScaler skips.
 
     Args:
-        optimizer: the optimizer to follow; None: the only `RegularizedOptimizer` of the trainer.
+        optimizer: the optimizer to follow; None means the only `RegularizedOptimizer` of the trainer.
         schedule: a schedule of lambda, or a callable that makes it from the optimizer when the training begins.
         logger: a `WeightLogger`, or a callable that makes it from the optimizer.
         freeze_at: the number of steps after which zeros are frozen, 0 or more.
@@ -44,7 +44,7 @@ class Regularizer:
         ValueError: `freeze_at` is negative.
     """
 
-    HOW = ""  # how the trainer of a subclass is given an optimizer
+    HOW = ""  # for error messages: how to give the trainer an optimizer
 
     def __init__(
         self,
@@ -78,27 +78,27 @@ class Regularizer:
         self._optimizer: RegularizedOptimizer | None = None
         self._schedule: ScheduleLike | None = None
         self._logger: WeightLogger | None = None
-        self._lams: list[float] | None = None  # those that the callable that makes the schedule has seen
+        self._lams: list[float] | None = None  # the lambdas from which the schedule was made
         self._handle: RemovableHandle | None = None
         self._loaded: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of steps, the state of the schedule, and the lambdas that it was made from."""
+        """The number of steps, the state of the schedule, and the lambdas from which it was made."""
         if self._loaded is not None:
             return self._loaded
         schedule = None if self._schedule is None else self._schedule.state_dict()
         return {"steps": self.steps, "schedule": schedule, "lams": self._lams}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved state when the training begins: there is no optimizer before."""
+        """Load a saved state. It is applied when the training begins, because the optimizer may not exist before."""
         self._loaded = dict(state_dict)
 
     def _attach(self, optimizers: Sequence[object]) -> None:
-        """Begin a training, or go on with one."""
+        """Begin or continue a training."""
         self._detach()
         optimizer = self._find(optimizers)
         if self._optimizer is not optimizer:
-            if self._schedule is not None and self._loaded is None:  # a second training: a new optimizer, the old count
+            if self._schedule is not None and self._loaded is None:  # a second training: new optimizer, same count
                 self._loaded = self.state_dict()
             self._optimizer = optimizer
             self._logger = _made(self._given[2], optimizer, _is_logger, "logger")
@@ -123,8 +123,8 @@ class Regularizer:
         if self._given[0] is None:
             if len(found) > 1:
                 raise ValueError(
-                    f"the trainer has {len(found)} RegularizedOptimizers; say which is meant, as in "
-                    f"{type(self).__name__}(optimizer=...), and make a callback for each"
+                    f"the trainer has {len(found)} RegularizedOptimizers; make a callback for each, as in "
+                    f"{type(self).__name__}(optimizer=...)"
                 )
             return found[0]
         given = find_regularized(self._given[0])
@@ -138,7 +138,7 @@ class Regularizer:
         if lams is None:
             lams = [float(group["lam"]) for group in groups]
         elif not _is_schedule(self._given[1]):
-            # The model's checkpoint has brought the lambdas of a ramp. A schedule is made from those before it.
+            # The model's checkpoint holds lambdas in the middle of a ramp; the schedule needs those before the ramp.
             for group, lam in zip(groups, lams, strict=True):
                 group["lam"] = lam
         self._lams = lams
@@ -146,8 +146,8 @@ class Regularizer:
         steered = getattr(self._schedule, "optimizer", None)
         if steered is not None and find_regularized(steered) is not optimizer:
             raise ValueError(
-                f"the {type(self._schedule).__name__} was made for another optimizer than the one that is trained; "
-                "give a callable that makes it, as in schedule=lambda optimizer: TargetSparsity(optimizer, ...)"
+                f"the {type(self._schedule).__name__} was made for an optimizer that the trainer does not use; give a "
+                "callable that makes it, as in schedule=lambda optimizer: TargetSparsity(optimizer, ...)"
             )
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -178,7 +178,7 @@ class Regularizer:
 
 
 def _is_schedule(given: object) -> bool:
-    """Whether it is a schedule; a class of schedules is none, but a callable that makes one."""
+    """Whether it is a schedule. A class of schedules is not one, but a callable that makes one."""
     return isinstance(given, ScheduleLike) and not isinstance(given, type)
 
 
@@ -187,10 +187,10 @@ def _is_logger(given: object) -> bool:
 
 
 def _made(given: Any, optimizer: RegularizedOptimizer, is_one: Callable[[object], bool], kind: str) -> Any:
-    """What was given, or what the callable makes that was given."""
+    """The given object, or the result of the given callable."""
     if given is None or is_one(given):
         return given
     made = given(optimizer)
     if not is_one(made):
-        raise TypeError(f"the callable that was given for the {kind} returned a {type(made).__name__}, which is none")
+        raise TypeError(f"the callable for the {kind} returned a {type(made).__name__}, which is not a {kind}")
     return made

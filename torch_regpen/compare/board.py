@@ -1,4 +1,4 @@
-"""What a comparison writes to TensorBoard: a file for each method."""
+"""Write a comparison to TensorBoard, in one folder for each method."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Board:
 
     Args:
         logdir: the folder.
-        names: of the methods.
+        names: the names of the methods.
 
     Raises:
         ImportError: TensorBoard is missing.
@@ -35,20 +35,20 @@ class Board:
         self._folders = {name: logdir / "chosen" / folder for name, folder in _folders(names).items()}
 
     def writer(self, name: str) -> SummaryWriter:
-        """The writer of a method. It hides what an earlier comparison has left in the same folder."""
+        """The writer of a method. It hides the events of an earlier comparison in the same folder."""
         return self._open(str(self._folders[name]), purge_step=0)
 
 
 def write_summary(writer: SummaryWriter, chosen: float, trials: dict[float, Sequence[Trial]]) -> None:
     """Write the row of a method in the table HPARAMS, and the means over the seeds as curves over lambda.
 
-    HPARAMS shows the last of the scores that were logged while the chosen model was trained. On the horizontal axis of
-    the curves lies the number of lambda, from 0, since a step is an integer; `by_lambda/lambda` says which it is.
+    HPARAMS shows the last scores that were logged while the chosen model was trained. The horizontal axis of the curves
+    is the index of lambda, from 0, since a step must be an integer; `by_lambda/lambda` shows its value.
 
     Args:
-        writer: of the method.
-        chosen: the lambda that was chosen.
-        trials: those of each lambda.
+        writer: the writer of the method.
+        chosen: the chosen lambda.
+        trials: the trainings with each lambda.
     """
     from torch.utils.tensorboard.summary import hparams
 
@@ -67,7 +67,7 @@ def write_summary(writer: SummaryWriter, chosen: float, trials: dict[float, Sequ
 
 
 def _folders(names: Iterable[str]) -> dict[str, str]:
-    """A folder for each name that any file system takes, no two the same."""
+    """A different folder for each name, valid on any file system."""
     found: dict[str, str] = {}
     for name in names:
         plain = re.sub(r"[^\w.+=,-]", "_", name).strip(".").encode()[:100].decode(errors="ignore") or "_"

@@ -29,9 +29,9 @@ class Method(NamedTuple):
     """How a penalty is made, and how it is applied.
 
     Attributes:
-        make_penalty: `make_penalty(model, lam)`.
-        how: "loss", or a mode of `RegularizedOptimizer`; of the baselines, "plain" or "weight_decay".
-        options: keyword arguments of `RegularizedOptimizer`; and "schedule", which makes a schedule of the optimizer.
+        make_penalty: `make_penalty(model, lam)` returns the penalty.
+        how: "loss", or a mode of `RegularizedOptimizer`; for the baselines, "plain" or "weight_decay".
+        options: keyword arguments of `RegularizedOptimizer`; and "schedule", a function from optimizer to schedule.
     """
 
     make_penalty: MakePenalty
@@ -52,7 +52,7 @@ def checked_methods(methods: Mapping[str, MethodLike]) -> dict[str, Method]:
 
     Raises:
         TypeError: not a dict of name to `(penalty, how)` or `(penalty, how, options)`.
-        ValueError: a name of a baseline, an unknown `how`, unknown options.
+        ValueError: a name is that of a baseline; a `how` or an option is unknown.
     """
     if not isinstance(methods, Mapping):
         raise TypeError(f"methods must be a dict of name to (penalty, how), not a {type(methods).__name__}")
@@ -61,7 +61,7 @@ def checked_methods(methods: Mapping[str, MethodLike]) -> dict[str, Method]:
 
 def _checked(name: str, given: MethodLike) -> Method:
     if name in BASELINES:
-        raise ValueError(f"{name!r} is always compared with; give the method another name")
+        raise ValueError(f"{name!r} is the name of a baseline; give the method another name")
     if not isinstance(name, str) or not isinstance(given, tuple | list) or len(given) not in (2, 3):
         raise TypeError(
             f"a method is a name and (penalty, how), as in 'sparse': (L1, 'proximal'); not {name!r}: {given!r}. "
@@ -69,11 +69,11 @@ def _checked(name: str, given: MethodLike) -> Method:
         )
     method = Method(*given)
     if method.how not in HOW:
-        raise ValueError(f"{name!r} is to be applied by {method.how!r}; allowed are {', '.join(map(repr, HOW))}")
+        raise ValueError(f"{name!r} has the mode {method.how!r}; allowed are {', '.join(map(repr, HOW))}")
     if isinstance(method.make_penalty, nn.Module) or not callable(method.make_penalty):
         raise TypeError(
-            f"{name!r} has a {type(method.make_penalty).__name__} where something that makes a penalty of each model "
-            "and lambda is to be: a class, as L1, partial(MCP, knee=0.2), or lambda model, lam: ..."
+            f"{name!r} has a {type(method.make_penalty).__name__}; it needs a callable that makes a penalty from a "
+            "model and a lambda, such as L1, partial(MCP, knee=0.2), or lambda model, lam: ..."
         )
     if not isinstance(method.options, Mapping):
         raise TypeError(
@@ -84,24 +84,24 @@ def _checked(name: str, given: MethodLike) -> Method:
     unknown = [option for option in method.options if option not in allowed]
     if unknown:
         raise ValueError(
-            f"{name!r} has the options {unknown}; for {method.how!r} allowed are {allowed or 'none'}. Options of the "
-            "penalty go into the penalty: partial(MCP, knee=0.2)"
+            f"{name!r} has the options {unknown}; with {method.how!r} allowed are {allowed or 'none'}. Pass options of "
+            "the penalty to the penalty, as in partial(MCP, knee=0.2)"
         )
     schedule = method.options.get("schedule")
     if schedule is not None and not callable(schedule):
         raise TypeError(
-            f"{name!r} has the schedule {schedule!r}; allowed is a callable that makes one from each optimizer, as "
-            "partial(Bound, bound='initial')"
+            f"{name!r} has the schedule {schedule!r}; allowed is a callable that makes one from each optimizer, such "
+            "as partial(Bound, bound='initial')"
         )
     return method
 
 
 def checked_lams(lams: Lams, methods: Mapping[str, Method]) -> dict[str, list[float]]:
-    """The lambdas of each method, ascending; of "plain" 0.
+    """The lambdas of each method, in ascending order; 0 for "plain".
 
     Raises:
-        TypeError: not numbers.
-        ValueError: negative or infinite ones; a dict without lambdas for a method, or with an unknown method.
+        TypeError: a lambda is not a number.
+        ValueError: a lambda is negative or infinite; a dict lacks a method, or has an unknown one.
     """
     if not isinstance(lams, Mapping):
         grid = _grid(lams)
@@ -110,10 +110,10 @@ def checked_lams(lams: Lams, methods: Mapping[str, Method]) -> dict[str, list[fl
     missing = [name for name in methods if name not in BASELINES and not named.get(name)]
     unknown = [name for name in named if name not in methods or name == "plain"]
     if missing:
-        raise ValueError(f"lams has no lambdas for {missing}; as a dict it has one or more for the name of each method")
+        raise ValueError(f"lams has no lambdas for {missing}; as a dict, it needs one or more for each method")
     if unknown:
         raise ValueError(
-            f"lams has lambdas for {unknown}, which no method with lambdas is called; there are {[*methods][1:]}"
+            f"lams has lambdas for {unknown}, which are not methods with lambdas; those are {[*methods][1:]}"
         )
     named.setdefault("weight_decay", sorted({lam for grid in named.values() for lam in grid}))
     return {name: [0.0] if name == "plain" else named[name] for name in methods}
@@ -121,7 +121,7 @@ def checked_lams(lams: Lams, methods: Mapping[str, Method]) -> dict[str, list[fl
 
 def _grid(lams: Iterable[float]) -> list[float]:
     if not isinstance(lams, Iterable):
-        raise TypeError(f"lams has {lams!r} where a list of lambdas is to be, as [1e-4, 1e-3, 1e-2]")
+        raise TypeError(f"lams has {lams!r}; it needs a list of lambdas, such as [1e-4, 1e-3, 1e-2]")
     return sorted({checked_lam(lam) for lam in lams})
 
 
@@ -129,8 +129,8 @@ def checked_seeds(seeds: Iterable[int]) -> list[int]:
     """The seeds, as ints.
 
     Raises:
-        TypeError: a seed that is not an int.
-        ValueError: a seed given twice.
+        TypeError: a seed is not an int.
+        ValueError: a seed is given twice.
     """
     given = list(seeds)
     for seed in given:

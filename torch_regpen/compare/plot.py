@@ -1,4 +1,4 @@
-"""The picture of a comparison: test score against exact zeros, and the sizes of the weights."""
+"""Plot a comparison: test scores against exact zeros, and the sizes of the weights."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ Trials = Mapping[float, Sequence[Trial]]  # by lambda
 def draw(
     file: str | File, chosen: Mapping[str, float], trials: Mapping[str, Trials], models: Mapping[str, nn.Module]
 ) -> None:
-    """Draw the test scores of each method above, the weights of its model below.
+    """Draw the test scores of each method above, and the weights of its model below.
 
     Args:
-        file: where to write it; the ending says the format.
-        chosen: the lambda of each method.
-        trials: those of each method, by lambda.
+        file: the file to write; its extension sets the format.
+        chosen: the chosen lambda of each method.
+        trials: the trainings of each method, by lambda.
         models: the trained models.
 
     Raises:
@@ -55,7 +55,7 @@ def draw(
 def _draw_scores(
     figure: SubFigure, chosen: Mapping[str, float], trials: Mapping[str, Trials], colors: Mapping[str, Any]
 ) -> None:
-    """On the left the methods with few zeros, side by side; on the right the others, against their zeros."""
+    """Draw methods with few zeros side by side on the left, and the others against their zeros on the right."""
     at_chosen = {method: trials[method][lam] for method, lam in chosen.items()}
     tests = {method: mean_and_deviation(trial.scores["test"] for trial in at_chosen[method]) for method in chosen}
     sparse = [method for method in chosen if fmean(trial.zeros for trial in at_chosen[method]) >= 0.01]
@@ -86,7 +86,7 @@ def _draw_scores(
 
 
 def _draw_weights(figure: SubFigure, rows: int, models: Mapping[str, nn.Module], colors: Mapping[str, Any]) -> None:
-    """A histogram for each model."""
+    """Draw a histogram for each model."""
     panels = figure.subplots(rows, max(min(len(models), PANELS), 1), sharex=True, sharey=True, squeeze=False).flatten()
     for axes, (method, model) in zip(panels, models.items(), strict=False):
         _draw_sizes(axes, weights_of(model).cpu(), colors[method])
@@ -97,7 +97,7 @@ def _draw_weights(figure: SubFigure, rows: int, models: Mapping[str, nn.Module],
 
 
 def _draw_sizes(axes: Axes, w: Tensor, color: Any) -> None:
-    """The number of weights of each size and, in a bar of its own, the number of exact zeros."""
+    """Draw the number of weights of each size and, as a separate bar, the number of exact zeros."""
     sizes = w[(w != 0) & w.isfinite()].abs().clamp(min=1e-7).log10()
     zeros = int((w == 0).sum())
     axes.hist(sizes.tolist(), bins=64, range=(-7, 1), color=color)

@@ -1,4 +1,4 @@
-"""`Comparison`: the trainings of all methods, as a table, as a file and as a picture."""
+"""`Comparison`: the trainings of all methods, as a table, a file or a picture."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Comparison:
-    """The results of `compare`. `print` shows them as a table, a notebook too.
+    """The results of `compare`. `print` and notebooks show them as a table.
 
     Attributes:
         trials: the finished trainings: one for each method, lambda and seed.
-        chosen: for each method the largest lambda whose mean validation score is within one standard error of the best
-            one. Where trainings failed, only the lambdas with the fewest failures count.
-        models: for each method the model trained with the chosen lambda and the first seed.
+        chosen: for each method, the largest lambda whose mean validation score is within one standard error of the best
+            one. If trainings failed, only the lambdas with the fewest failures count.
+        models: for each method, the model trained with the chosen lambda and the first seed.
         failures: the trainings that raised an exception.
 
     Example:
@@ -50,35 +50,35 @@ class Comparison:
 
         Args:
             method: its name.
-            lam: lambda; None is the chosen one.
+            lam: lambda; None means the chosen one.
 
         Raises:
-            KeyError: without `lam`, a method that is unknown, or whose trainings all failed.
+            KeyError: `lam` is None, and the method is unknown, or all its trainings failed.
         """
         lam = self.chosen[method] if lam is None else lam
         return [trial for trial in self.trials if (trial.method, trial.lam) == (method, lam)]
 
     def lams(self, method: str) -> list[float]:
-        """The lambdas of a method's finished trainings, ascending."""
+        """The lambdas of a method's finished trainings, in ascending order."""
         return sorted({trial.lam for trial in self.trials if trial.method == method})
 
     def difference(self, method: str, baseline: str = "weight_decay") -> Difference:
-        """`mean(a_i - b_i)`, with `a_i` and `b_i` the test scores of the method and of the baseline with seed i.
+        """`mean(a_i - b_i)`, where `a_i` and `b_i` are the test scores of the method and the baseline with seed i.
 
-        Each is taken at its chosen lambda, over the seeds that both finished. The 95% interval is that of the paired
-        t-test: it is about the draws of initial weights, batches and, if they differ by seed, data. Where it contains
-        0, these seeds show no difference. Among many methods, some intervals miss 0 by chance.
+        Both use their chosen lambda, and the seeds that both finished. The 95% interval is that of the paired t-test.
+        It covers the randomness of initial weights, batches and, if they differ by seed, data. If it contains 0, these
+        seeds show no difference. Among many methods, some intervals exclude 0 by chance.
 
         Args:
             method: its name.
-            baseline: the name of the other one.
+            baseline: the name of the baseline.
 
         Returns:
             The mean and the interval, which is NaN for a single seed.
 
         Raises:
             ImportError: SciPy is missing.
-            KeyError: a method that is unknown, or whose trainings all failed.
+            KeyError: a method is unknown, or all its trainings failed.
         """
         with require("intervals need SciPy", "examples"):
             from scipy.stats import t
@@ -122,7 +122,7 @@ class Comparison:
     def __str__(self) -> str:
         """A row for each method at its chosen lambda: means and standard deviations over the seeds.
 
-        In brackets is the interval of `difference`. Where trainings failed, the last column has their number.
+        The interval of `difference` is in brackets. If trainings failed, the last column shows their number.
         """
         return format_table(self._table())
 
@@ -134,10 +134,10 @@ class Comparison:
         return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{chr(10).join(lines)}\n</tbody>\n</table>"
 
     def to_csv(self, file: str | File) -> None:
-        """Write a row for each training, of all lambdas and seeds; of one that failed, the error.
+        """Write a row for each training, with all lambdas and seeds; for one that failed, the error.
 
         Args:
-            file: where to write it.
+            file: the file to write.
         """
         names = list(self.trials[0].scores)
         with open(file, "w", newline="", encoding="utf-8") as stream:
@@ -153,7 +153,7 @@ class Comparison:
         """Draw test score against exact zeros, over all lambdas, and a histogram of each model's weights.
 
         Args:
-            file: where to write it; the ending says the format.
+            file: the file to write; its extension sets the format.
 
         Raises:
             ImportError: matplotlib is missing.

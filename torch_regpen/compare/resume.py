@@ -20,26 +20,26 @@ from .trials import Job, Trial
 
 __all__ = ["FinishedTrainings", "describe"]
 
-START = '{"method": '  # of each line
+START = '{"method": '  # the start of each line
 
 
 class FinishedTrainings:
-    """A file to which each finished training is appended, and from which an interrupted comparison goes on.
+    """A file to which each finished training is appended, so that an interrupted comparison can continue.
 
-    The settings of a training are the user's functions as `describe` tells them apart, the optimizer as it prints
-    itself, the initial weights, the method, and the versions of Python and torch. Those in the file must equal those of
-    now.
+    The settings of a training are the user's functions (see `describe`), the repr of the optimizer, a digest of the
+    initial weights, the method, and the versions of Python and torch. The settings in the file must equal the current
+    ones.
 
     Attributes:
         trials: the trainings found in the file.
 
     Args:
-        file: where; it and its folder are made if they do not exist.
-        experiment: what is trained now.
-        seeds: the seeds of now.
+        file: the file; it and its folder are created if they do not exist.
+        experiment: the current experiment.
+        seeds: the current seeds.
 
     Raises:
-        ValueError: the file is of another kind, or has trainings of these methods that were made with other settings.
+        ValueError: the file has another format, or has trainings of these methods with different settings.
     """
 
     def __init__(self, file: File, experiment: Experiment, seeds: Iterable[int]) -> None:
@@ -68,7 +68,7 @@ class FinishedTrainings:
             stream.write(line + "\n")
 
     def _settings(self, method: str, seed: int) -> dict[str, str]:
-        """The settings of a training; of a seed that has no part in the comparison the weights are not known."""
+        """The settings of a training; without the weights if the seed is not in this comparison."""
         model = {"initial weights": self.models[seed]} if seed in self.models else {}
         return self.shared | self.methods[method] | model
 
@@ -97,16 +97,16 @@ class FinishedTrainings:
             changes = "; ".join(f"{key}: {found.get(key)} there, {now} here" for key, now in other.items())
             raise ValueError(
                 f"resume={str(self.file)!r} has a training of {trial.method!r} (lambda {trial.lam:g}, seed "
-                f"{trial.seed}) with other settings, and would mix them with these ({changes}). Give another file, or "
-                "the settings of that one"
+                f"{trial.seed}) with other settings ({changes}), which must not be mixed. Give another file, or the "
+                "settings of that one"
             )
 
 
 def describe(value: Any) -> str:
-    """Tells functions and arguments from others, the same in each run of the program.
+    """A text that identifies a function or an argument, and is the same in each run of the program.
 
-    Functions are told apart by their name, bytecode, defaults, and the numbers and strings that they read from outside;
-    numbers, strings and containers of them by their value; classes by their name; other objects by their class.
+    It contains the name, bytecode and defaults of a function, and the numbers and strings that it reads from outside;
+    the value of a number, a string or a container of them; the name of a class; and the class of any other object.
     """
     if isinstance(value, partial):
         arguments = [describe(value.func), *map(describe, value.args)]
@@ -137,7 +137,7 @@ def _code(code: CodeType) -> str:
 
 
 def _digest(model: nn.Module) -> str:
-    """Tells weights from others: by their names, shapes, types and the sum of their bytes."""
+    """A hash of the names, shapes, dtypes and byte sums of the weights."""
     parts = [
         f"{name} {tuple(w.shape)} {w.dtype} {w.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64).item()}"
         for name, w in model.state_dict().items()

@@ -46,29 +46,30 @@ def compare(
     """Train a model with each method, lambda and seed, without a penalty ("plain"), and with torch's "weight_decay".
 
     All methods get the same initial weights and, if `fit` draws from torch's generator, the same batches: torch is
-    seeded before `make_model` and `fit`. weight_decay is `2*lam` on the parameters of `L2(model, lam)`. Lambda is the
-    largest whose validation score is within one standard error, over the seeds, of the best (Breiman et al. 1984). A
-    training that raises is counted in the table; the others go on.
+    seeded before `make_model` and `fit`. weight_decay is `2*lam` on the parameters of `L2(model, lam)`. The chosen
+    lambda is the largest whose validation score is within one standard error, over the seeds, of the best (Breiman et
+    al. 1984). If a training raises, the table counts the failure, and the others continue.
 
     Args:
-        methods: names to `(penalty, how)` or `(penalty, how, options)`: `penalty(model, lam)` makes the penalty, as
-            `L1` or `partial(MCP, knee=0.2)`; `how` is "loss" or a mode of `RegularizedOptimizer`; `options` are keyword
-            arguments of it, as `{"metric": "euclidean"}` or `{"rate": "schedule", "cautious": True}`; also
-            `{"schedule": make}`, where `make(optimizer)` returns a schedule of lambda, as `partial(Bound,
-            bound="initial")`: `fit` need not step it.
-        lams: lambdas for all, or a dict of lambdas by method, in which "weight_decay", if left out, gets them all.
-        data: `data(seed)` returns what the next functions receive.
+        methods: a dict from name to `(penalty, how)` or `(penalty, how, options)`. `penalty(model, lam)` makes the
+            penalty, as do `L1` and `partial(MCP, knee=0.2)`. `how` is "loss" or a mode of `RegularizedOptimizer`.
+            `options` are its keyword arguments, such as `{"metric": "euclidean"}`; and `{"schedule": make}`, where
+            `make(optimizer)` returns a schedule of lambda, as does `partial(Bound, bound="initial")`. `fit` need not
+            step the schedule.
+        lams: lambdas for all methods, or a dict from method to lambdas. "weight_decay" gets all of them if it is left
+            out.
+        data: `data(seed)` returns the data for the next functions.
         make_model: `make_model(data)` returns the model.
         make_optimizer: `make_optimizer(params)` returns the optimizer.
         fit: `fit(model, optimizer, penalty, data)` trains. It adds `penalty()` to its loss: 0.0 unless `how` is "loss".
         score: `score(model, data)` returns a dict of numbers, higher is better, with "validation" and "test".
         seeds: two or more ints.
-        resume: a file that collects finished trainings; those that are in it are not run again.
-        n_jobs: the number of processes, with as many threads each as this one. Above 1 the functions must be importable
-            from files (no lambdas), and scripts need `if __name__ == "__main__":`.
-        logdir: a folder for TensorBoard: each method's weights and scores while it trains at the chosen lambda, its
-            mean scores by lambda, its row in HPARAMS.
-        log_every: optimizer steps between two entries on TensorBoard.
+        resume: a file that collects finished trainings; those in it are not run again.
+        n_jobs: the number of processes, each with as many threads as this one. Above 1, the functions must be
+            importable from files (no lambdas), and scripts need `if __name__ == "__main__":`.
+        logdir: a folder for TensorBoard. It shows each method's weights and scores in the training with the chosen
+            lambda, its mean scores by lambda, and its row in HPARAMS.
+        log_every: the number of optimizer steps between two entries on TensorBoard.
         progress: show a progress bar with the time left (tqdm).
 
     Raises:
@@ -99,7 +100,7 @@ def compare(
     grids, seeds = checked_lams(lams, experiment.methods), checked_seeds(seeds)
     grid = grids["weight_decay"]
     if not grid or len(seeds) < 2:
-        raise ValueError(f"given {len(grid)} lambdas and {len(seeds)} seeds; a spread needs a lambda and two seeds")
+        raise ValueError(f"given {len(grid)} lambdas and {len(seeds)} seeds; compare needs a lambda and two seeds")
     if not isinstance(n_jobs, int) or n_jobs < 1:
         raise ValueError(f"n_jobs={n_jobs!r}; allowed is a number of processes, 1 or more")
     _warn_without_scipy()
@@ -132,7 +133,7 @@ def _warn_without_scipy() -> None:
 
 
 def _try_out(experiment: Experiment, name: str, lam: float, seed: int) -> Prepared:
-    """What a training starts from; raises what a penalty, its optimizer and `score` raise, before any training."""
+    """Prepare a training, so that errors of a penalty, its optimizer and `score` appear before any training."""
     start = experiment.prepare(name, lam, seed)
     if name == "plain":
         experiment.evaluate(start.model, experiment.dataset(seed))
@@ -151,7 +152,7 @@ def _train(
     """
     done = {} if finished is None else {job: finished.trials[job] for job in jobs if job in finished.trials}
     failures = []
-    order = random.Random(0).sample(jobs, len(jobs))  # a machine that is busy for a while slows all methods alike
+    order = random.Random(0).sample(jobs, len(jobs))  # so that a busy machine slows all methods alike
     results = attempts(experiment, [job for job in order if job not in done], n_jobs)
     if progress:
         results = with_progress_bar(results, "comparing", len(jobs), len(done))
@@ -163,8 +164,8 @@ def _train(
         if finished is not None:
             finished.add(result)
     if not done:
-        raise RuntimeError(f"all {len(jobs)} trainings failed, the first of them:\n{failures[0].traceback}")
-    names = dict.fromkeys(name for trial in done.values() for name in trial.scores)  # a score may leave some out
+        raise RuntimeError(f"all {len(jobs)} trainings failed. The first failure:\n{failures[0].traceback}")
+    names = dict.fromkeys(name for trial in done.values() for name in trial.scores)  # a score may lack some names
     done = {j: t._replace(scores={name: t.scores.get(name, math.nan) for name in names}) for j, t in done.items()}
     return done, failures
 
@@ -188,14 +189,14 @@ def _chosen(
         try:
             chosen[name] = path.best_1se
         except ValueError:  # all NaN
-            warn(f"{name!r} has a validation score of NaN at each lambda: the smallest is shown")
+            warn(f"{name!r} has a validation score of NaN at each lambda; the table shows the smallest lambda")
             chosen[name] = candidates[0]
             continue
         if name in using_lam and len(grid) > 1 and chosen[name] in (grid[0], grid[-1]) and chosen[name] > 0:
             end = "smallest" if chosen[name] == grid[0] else "largest"
             at_end.append(f"{name!r} {chosen[name]:g} ({end})")
     if at_end:
-        warn(f"the chosen lambda is at an end of lams, and one beyond may do better: {', '.join(at_end)}")
+        warn(f"the chosen lambda is at an end of lams, so a lambda beyond it may be better: {', '.join(at_end)}")
     return chosen
 
 

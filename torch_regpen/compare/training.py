@@ -1,4 +1,4 @@
-"""One training of a comparison, and many of them, one after the other or in several processes."""
+"""The trainings of a comparison, one after another or in several processes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MakeLogger = Callable[[Penalty | nn.Module], WeightLogger]
 
 
 class Prepared(NamedTuple):
-    """What a training starts from."""
+    """A model, penalty, optimizer and schedule before training."""
 
     model: nn.Module
     penalty: Penalty
@@ -46,12 +46,12 @@ class Prepared(NamedTuple):
 
     @property
     def watched(self) -> Penalty | nn.Module:
-        """Whose weights are counted: the penalty's, or, where it penalizes activations, the model's."""
+        """The penalty, whose weights are counted; or the model, if the penalty is on activations."""
         return self.penalty if isinstance(self.penalty, Penalty) else self.model
 
     @property
     def uses_lam(self) -> bool:
-        """Whether lambda makes a difference: not to N:M groups, nor where a `TargetSparsity` sets it."""
+        """Whether lambda has an effect. It has none on N:M groups, or if a `TargetSparsity` sets it."""
         if isinstance(self.schedule, TargetSparsity):
             return False
         terms = self.penalty.terms() if isinstance(self.penalty, Penalty) else []
@@ -63,7 +63,7 @@ class Experiment:
     """The methods, and the functions of the user: see `compare`.
 
     Attributes:
-        datasets: what `data` returned, by seed.
+        datasets: the result of `data` for each seed.
     """
 
     methods: dict[str, Method]
@@ -91,7 +91,7 @@ class Experiment:
         model = self.initial_model(seed)
         penalty = method.make_penalty(model, lam)
         if not isinstance(penalty, Penalty | ActivityPenalty):
-            raise TypeError(f"{name!r} is to make a penalty, and made a {type(penalty).__name__}")
+            raise TypeError(f"{name!r} must make a penalty, but made a {type(penalty).__name__}")
         if method.how == "weight_decay":
             decayed = [p for _, p in penalty.named_parameters_penalized()]
             others = [p for p in model.parameters() if all(p is not q for q in decayed)]
@@ -114,7 +114,7 @@ class Experiment:
             name: the method.
             lam: lambda.
             seed: the seed.
-            logger: makes the logger of the weights, which then logs the scores too; None logs nothing.
+            logger: makes the logger of the weights, which also logs the scores; None logs nothing.
         """
         start = self.prepare(name, lam, seed)
         data = self.dataset(seed)
@@ -137,7 +137,7 @@ class Experiment:
         return start.model, Trial(name, lam, seed, scores, zeros, dead, steps.count, seconds)
 
     def evaluate(self, model: nn.Module, data: Any) -> Scores:
-        """The scores as floats. Each module stays in training or in evaluation mode."""
+        """The scores as floats. The training mode of each module is restored."""
         before = [(module, module.training) for module in model.modules()]
         try:
             scores = self.score(model, data)
@@ -155,7 +155,7 @@ class Experiment:
 
 
 def _without_penalty() -> float:
-    """The `penalty()` of a training whose loss has none."""
+    """The `penalty()` of a training without a penalty in the loss."""
     return 0.0
 
 
@@ -167,7 +167,7 @@ def _number(name: str, value: Any) -> float:
 
 
 class _Steps:
-    """Counts the steps of an optimizer; with a logger, logs the weights and the scores on the way."""
+    """Counts the steps of an optimizer. With a logger, it also logs the weights and the scores."""
 
     def __init__(self, optimizer: Optimizer, logger: WeightLogger | None, evaluate: Callable[[], Scores]) -> None:
         self.count = 0
@@ -181,7 +181,7 @@ class _Steps:
         self.count += 1
 
     def end(self) -> None:
-        """Log the last step, if it is not logged: else a short training would leave a single point."""
+        """Log the last step if it is not logged yet; otherwise a short training would have a single point."""
         last = self.count - 1
         if self.logger is not None and self.count and last % self.logger.every:
             self.logger.every = 1
@@ -198,15 +198,15 @@ class _Steps:
 
 
 def attempts(experiment: Experiment, jobs: list[Job], n_jobs: int) -> Iterator[Trial | Failure]:
-    """Train each job, and yield what came of it, in any order.
+    """Train each job, and yield the results in any order.
 
     Args:
-        experiment: what is trained.
-        jobs: method, lambda and seed of each training.
-        n_jobs: the number of processes; 1 is this one.
+        experiment: the experiment.
+        jobs: the method, lambda and seed of each training.
+        n_jobs: the number of processes; 1 means only this one.
 
     Raises:
-        TypeError: the functions of the experiment cannot be handed to another process.
+        TypeError: the functions of the experiment cannot be passed to another process.
         RuntimeError: a process died.
     """
     if n_jobs == 1 or not jobs:
@@ -215,7 +215,7 @@ def attempts(experiment: Experiment, jobs: list[Job], n_jobs: int) -> Iterator[T
 
 
 def attempt(experiment: Experiment, job: Job, logger: MakeLogger | None = None) -> tuple[nn.Module, Trial] | Failure:
-    """Train once, as `Experiment.train`; an exception becomes a `Failure`."""
+    """Call `Experiment.train`; return an exception as a `Failure`."""
     try:
         return experiment.train(*job, logger)
     except Exception as error:
@@ -223,12 +223,12 @@ def attempt(experiment: Experiment, job: Job, logger: MakeLogger | None = None) 
 
 
 def _result(experiment: Experiment, job: Job) -> Trial | Failure:
-    """The same without the model, which would fill the memory."""
+    """`attempt` without the models, which would fill the memory."""
     result = attempt(experiment, job)
     return result if isinstance(result, Failure) else result[1]
 
 
-# Processes are spawned, not forked: a fork inherits neither CUDA nor the threads of OpenMP in a state that works.
+# Processes are spawned, because CUDA and OpenMP threads do not work after a fork.
 
 
 def _in_processes(experiment: Experiment, jobs: list[Job], n_jobs: int) -> Iterator[Trial | Failure]:
@@ -243,9 +243,9 @@ def _in_processes(experiment: Experiment, jobs: list[Job], n_jobs: int) -> Itera
             yield future.result()
     except BrokenProcessPool as error:
         raise RuntimeError(
-            f"n_jobs={n_jobs}: a process ended. Either it was killed, as where memory runs out: give fewer n_jobs; or "
-            "it could not start: a script that uses n_jobs has to call compare below `if __name__ == '__main__':`, "
-            "since each process imports the script. Its own output says more"
+            f"n_jobs={n_jobs}: a process ended. If it was killed because memory ran out, give fewer n_jobs. If it "
+            "could not start: a script that uses n_jobs must call compare below `if __name__ == '__main__':`, since "
+            "each process imports the script. See the output of the process"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -263,18 +263,18 @@ def _pickled(experiment: Experiment) -> bytes:
 
 def _unpicklable(what: str, error: Exception) -> str:
     return (
-        f"n_jobs above 1 starts processes that import what they run, and {what} cannot be imported ({error}). Define "
-        "functions and classes at the top level of a file, neither as a lambda, nor inside a function, nor in a "
-        "notebook; arguments go in by functools.partial, as partial(torch.optim.SGD, lr=0.1). Or leave out n_jobs"
+        f"n_jobs above 1 starts processes that import what they run, but {what} cannot be imported ({error}). Define "
+        "functions and classes at the top level of a file, not as a lambda, inside a function or in a notebook; bind "
+        "arguments with functools.partial, as in partial(torch.optim.SGD, lr=0.1). Or leave out n_jobs"
     )
 
 
 def _set_default_device(device: torch.device) -> None:
-    if device != torch.get_default_device():  # to set one, the CPU too, slows each call down
+    if device != torch.get_default_device():  # setting a default device, even the CPU, slows each call
         torch.set_default_device(device)
 
 
-SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [  # of torch, which results depend on
+SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [  # settings of torch that affect results
     (torch.get_num_threads, torch.set_num_threads),
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_default_device, _set_default_device),
@@ -286,7 +286,7 @@ _worker: dict[str, Any] = {}  # in a process that trains: "pickled", and once it
 
 
 def _start(pickled: bytes, settings: Iterable[Any]) -> None:
-    """Give a new process the settings of the first one."""
+    """Apply the settings of the first process in a new one."""
     for (_, set_), value in zip(SETTINGS, settings, strict=True):
         set_(value)
     _worker["pickled"] = pickled

@@ -97,6 +97,6 @@ def weights_of(model: nn.Module) -> Tensor:
 
 
 def mean_and_deviation(numbers: Iterable[float]) -> tuple[float, float]:
-    """The mean and the standard deviation (ddof 1). Of a single number the deviation is NaN."""
+    """The mean and the standard deviation (ddof 1). For a single number the deviation is NaN."""
     x = torch.tensor(list(numbers), dtype=torch.float64)
     return x.mean().item(), x.std().item() if len(x) > 1 else math.nan

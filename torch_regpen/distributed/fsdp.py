@@ -17,8 +17,8 @@ def unsharded_to_sharded() -> dict[int, Tensor]:
     """Map the id of each parameter that FSDP2 has currently unsharded to its sharded parameter.
 
     From a forward to its backward, FSDP2 replaces the sharded parameters in the modules by gathered copies (in low
-    precision under a mixed precision policy). After a forward without backward the copies remain. The optimizer owns
-    the sharded parameters, so these are the ones to penalize.
+    precision under a mixed precision policy). After a forward without a backward the copies remain. The optimizer owns
+    the sharded parameters, so the penalty must use those.
     """
     found: dict[int, Tensor] = {}
     if torch.compiler.is_compiling():

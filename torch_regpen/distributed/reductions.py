@@ -92,7 +92,7 @@ class AcrossShards(NormGrouping):
         return False  # it may not hold on other ranks, and all ranks must call the next collective
 
     def squares(self, x: Tensor) -> Tensor:
-        """The part of this rank in the squared norms, in float64 to avoid overflow."""
+        """This rank's part of the squared norms, in float64 to avoid overflow."""
         return self.grouping.norm(x).double().square()
 
     def root(self, squares: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""Convert between a DTensor (from FSDP2 or tensor parallelism) and the shard of it on this rank.
+"""Convert between a DTensor (from FSDP2 or tensor parallelism) and its shard on this rank.
 
 Only `torch_regpen.distributed` depends on how PyTorch shards tensors. It also works if PyTorch was built without
 torch.distributed.

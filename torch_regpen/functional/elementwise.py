@@ -211,7 +211,7 @@ def scad_grad(w: Tensor, knee: float, a: float = 3.7) -> Tensor:
 
 
 def scad_prox(w: Tensor, t: Threshold, knee: float, a: float = 3.7) -> Tensor:
-    """Soft threshold for small `|w|`, `w` itself above the knee, the best of the pieces of `rho` between.
+    """Soft threshold for small `|w|`, `w` itself above the knee, and the best piece of `rho` in between.
 
     Example:
         >>> import torch, torch_regpen.functional as F

@@ -1,4 +1,4 @@
-"""Penalties from functions of magnitudes: what a function of the magnitude of each group is for a tensor."""
+"""The value, gradient and prox of a penalty on a tensor, from functions of the magnitude of each group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Groupings: which elements of a tensor form a group, and what the magnitude of a group is.
+"""Groupings: they define which elements of a tensor form a group, and the magnitude of a group.
 
 A magnitude is the modulus of an element, the root mean square of a group, or a singular value. A penalty depends on a
 tensor only through its magnitudes. `Grouping.polar` splits a tensor into magnitudes and directions; it also returns a

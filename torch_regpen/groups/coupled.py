@@ -23,7 +23,7 @@ class Coupled:
 
     Args:
         model: the model, or the submodule whose units to penalize.
-        example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments to call the model with, once.
+        example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments to call the model with.
         scale: if False, the magnitude of a group is its norm, and each group counts once (see `NormGrouping`).
 
     Attributes:

@@ -1,4 +1,4 @@
-"""N:M sparsity: of each m consecutive elements n survive."""
+"""N:M sparsity: among each m consecutive elements, n are kept."""
 
 from __future__ import annotations
 
@@ -16,26 +16,25 @@ __all__ = ["NM"]
 
 @dataclass(frozen=True)
 class NM(Elements):
-    """Of each `m` consecutive elements of a row exactly the `n` of largest modulus survive; for `L0` alone.
+    """Among each `m` consecutive elements of a row, keeps the `n` of largest modulus; only for `L0`.
 
-    `L0(params, lam, groups=NM(n, m))` is `lam` times the number of nonzero elements, under the constraint that of each
-    `m` at most `n` are not zero. Its prox is the projection onto the constraint, for every step and `lam` above 0 and
-    in every metric (Zhou et al. 2021; torchao's `NMSparseConstraint`). The limit on what one step may change does not
-    apply. At `lam=0` it does nothing. In mode "dual" the weights that were cut off gather their updates and can come
-    back.
+    `L0(params, lam, groups=NM(n, m))` is `lam` times the number of nonzero elements, under the constraint that among
+    each `m`, at most `n` are nonzero. Its prox is the projection onto the constraint, for every step and `lam` above 0
+    and in every metric (Zhou et al. 2021; torchao's `NMSparseConstraint`). The limit on the change in one step does not
+    apply. At `lam=0` it does nothing. In mode "dual", the zeroed weights accumulate their updates and can return.
 
     A row holds the weights of one output unit: `weight.flatten(1)` of a Linear or a convolution. For `NM(2, 4)` this is
     the matrix that `torch.sparse.to_sparse_semi_structured` takes. The weight of a layer that stores it transposed
-    (ConvTranspose, the Conv1D of transformers) is divided along its inputs too. A 1-d tensor is one row.
+    (ConvTranspose, the Conv1D of transformers) is also divided along its inputs. A 1-d tensor is one row.
 
-    Of equal elements the first survive. NaN counts as the largest. As for `L0` on elements, `stationarity()` is the
-    largest `|gradient|` over the nonzero elements, and `zero_groups()` is empty. `TargetSparsity` refuses this
-    grouping, because the fraction of zeros is `1 - n/m` whatever `lam` is.
+    Among equal elements, the first are kept. NaN counts as the largest. As for `L0` on elements, `stationarity()` is
+    the largest `|gradient|` over the nonzero elements, and `zero_groups()` is empty. `TargetSparsity` refuses this
+    grouping, because the fraction of zeros is `1 - n/m` for every `lam`.
 
     Args:
-        n: the number of elements that survive, 1 or more.
-        m: the number of consecutive elements of which they do, more than `n`.
-        rows: a row as a group; None takes it from the layer, or dimension 0 for a bare tensor.
+        n: the number of elements to keep, 1 or more.
+        m: the number of consecutive elements among which to keep `n`, more than `n`.
+        rows: a grouping with one group for each row; None takes it from the layer, or dimension 0 for a bare tensor.
 
     Raises:
         ValueError: `n` or `m` is out of range; when used, `m` does not divide a row, or the penalty is not `L0`.
@@ -59,16 +58,16 @@ class NM(Elements):
         if any(not isinstance(value, int) or isinstance(value, bool) for value in (self.n, self.m)):
             raise ValueError(f"NM(n, m) takes two whole numbers, but got {self.n!r} and {self.m!r}")
         if not 1 <= self.n < self.m:
-            raise ValueError(f"NM(n, m) needs 1 <= n < m, as NM(2, 4) has, but got NM({self.n}, {self.m})")
+            raise ValueError(f"NM(n, m) needs 1 <= n < m, as in NM(2, 4), but got NM({self.n}, {self.m})")
 
     def __repr__(self) -> str:
         return f"NM({self.n}, {self.m})"
 
     def project(self, w: Tensor, t: float | Tensor) -> Tensor:
-        """`w` with zeros in place of the elements that do not survive, where `t > 0`.
+        """`w` with zeros instead of the elements that are not kept, where `t > 0`.
 
         Args:
-            w: a tensor of which `m` divides the rows.
+            w: a tensor. `m` must divide the length of its rows.
             t: the step times lambda, a number or a tensor that broadcasts to `w`.
         """
         blocks, layout = self._blocks(w.abs())
@@ -93,7 +92,7 @@ class NM(Elements):
         return Slices(0) if self.rows is None else self.rows
 
     def _blocks(self, w: Tensor) -> tuple[Tensor, Rebuild]:
-        """A matrix with a row for each `m` consecutive elements, and a function that lays such a matrix out as `w`."""
+        """A matrix with a row for each `m` consecutive elements, and a function that turns it into the shape of `w`."""
         if w.ndim < 2:
             return w.reshape(-1, self.m), lambda blocks: blocks.reshape(w.shape)
         x = self._rows.view(w)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .grouping import Grouping, Rebuild, _ratio, largest, working_dtype
 
 LONG = 1 << 14  # on a CPU, float32 norms over more elements than this accumulate too much rounding error
-PART = 1 << 9  # longer ones are computed from norms of parts of this many elements
+PART = 1 << 9  # longer norms are computed from norms of parts with this many elements
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class NormGrouping(Grouping):
         return tuple(x.sum(dim=dims, keepdim=True) for x in xs) if dims else xs
 
     def all_known(self, condition: Tensor) -> bool:
-        """Whether `condition` is known to hold for all groups; False off the CPU, where asking would synchronize."""
+        """Whether `condition` is known to hold for all groups; False on other devices, to avoid synchronization."""
         return type(condition) is Tensor and condition.device.type == "cpu" and not _traced() and bool(condition.all())
 
     def largest(self, x: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def _traced() -> bool:
 
 
 def _norm_along(x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
-    """The norm over one dimension, which is kept. Long ones are split, to limit rounding errors in float32."""
+    """The norm over one dimension, which is kept. Long dimensions are split to limit float32 rounding errors."""
     size = x.shape[dim]
     norms: Tensor
     if size <= LONG:

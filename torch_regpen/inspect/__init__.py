@@ -1,1 +1,1 @@
-"""Looking at weights: which parameters there are, their zeros and histograms, what an optimizer does to them."""
+"""Inspect a model: its parameters, their zeros and histograms, and the units that can be removed."""

@@ -6,7 +6,7 @@ from typing import Any
 
 __all__ = ["layout"]
 
-# Of each chart the title, and a regular expression for its tags.
+# For each chart, its title and a regular expression for its tags.
 OVERVIEW = {
     "fraction of exact zeros": r"sparsity/total",
     "flipped since the last log": r"flipped/total",

@@ -1,7 +1,7 @@
-"""Constants that dead units emit, folded into the biases of the layers that read them.
+"""Fold the constant outputs of dead units into the biases of the layers that read them.
 
-A unit whose weights are all zero emits what its biases and norms make of nothing: a constant. The layers that read it
-do without the unit if their biases take up the constant times their weights.
+A unit whose weights are all zero has a constant output, which depends only on its biases and norms. The layers that
+read the unit do not need it once this constant, times their weights, is added to their biases.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ Map = Callable[[Tensor], Tensor]
 
 
 class Folding:
-    """What the layers of a model read, channel by channel, and their biases.
+    """Finds the constants that the layers of a model read, and folds them into biases.
 
     Args:
         names: the qualified name of each module of the model.
-        run: runs the model on the example inputs, with other parameters in place of those named, and with a function of
-            the floating-point inputs in their place.
+        run: runs the model on the example inputs. Its first argument replaces parameters, by name; its second is a
+            function to apply to the floating-point inputs, or None.
     """
 
     def __init__(self, names: Mapping[nn.Module, str], run: Callable[[dict[str, Tensor], Map | None], object]) -> None:
         self.names = names
         self.run = run
-        self._ranges: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # the lowest and the highest of each channel
+        self._ranges: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # the lowest and highest input of each channel
 
     def dead(self, sets: Sequence[UnitSet], zero: Units) -> dict[UnitSet, dict[int, str]]:
-        """The units with no weights that are not zero, and why their constants cannot be folded; "" if they can.
+        """The units whose weights are all zero, and why their constants cannot be folded; "" if they can.
 
-        Weights that read units which are dead themselves, and can be removed, do not count.
+        Weights that read a dead unit do not count if that unit can be removed.
 
         Args:
             sets: the sets of units.
-            zero: the units of each set that are zero throughout. They are left out of the result.
+            zero: the units of each set that are entirely zero. They are left out of the result.
         """
         candidates = _dead_units(sets, lambda *_: "")
         if all(candidates[units].keys() == set(zero[units]) for units in sets):
@@ -75,16 +75,16 @@ class Folding:
         return created
 
     def _observe(self, candidates: Mapping[UnitSet, Mapping[int, str]]) -> None:
-        """Record what layers read, on the example inputs, and with other inputs and other weights.
+        """Record the inputs of layers, for the example inputs, and then with other inputs and other weights.
 
-        The constant of a dead unit depends on no input and on no weights but its own, which are kept.
+        The constant of a dead unit depends on no input, and on no weights except its own, which are kept.
         """
         kept: dict[tuple[nn.Module, str], list[tuple[int, Tensor]]] = defaultdict(list)
         for units, dead in candidates.items():
             for part in units.members:
                 kept[part.module, part.key].append((part.dim, part.index[list(dead)].flatten()))
         random = torch.Generator().manual_seed(0)
-        others: dict[Tensor, Tensor] = {}  # one for a shared parameter
+        others: dict[Tensor, Tensor] = {}  # a shared parameter stays shared
         state = {}
         for module, name in self.names.items():
             for key, p in module._parameters.items():
@@ -113,7 +113,7 @@ class Folding:
         self._ranges[module] = low, high
 
     def _constants(self, part: Slices, each: list[int]) -> Tensor | None:
-        """What a layer reads of some units, if that is the same everywhere."""
+        """The values that a layer reads from some units, if they are constant; else None."""
         low, high = (bound[part.index[each].flatten().to(bound.device)] for bound in self._ranges[part.module])
         rounding = 16 * torch.finfo(getattr(part.module, part.key).dtype).eps
         same = bool((high - low <= rounding * torch.maximum(low.abs(), high.abs())).all())
@@ -127,10 +127,10 @@ class Folding:
                 continue  # it passes the constant on
             name = f"{self.names[module]!r} ({type(module).__name__})"
             if module not in self._ranges:
-                return f"no bias of {name} can take up what it reads"
+                return f"no bias of {name} can take up the constant"
             constants = self._constants(part, [unit])
             if constants is None:
-                return "what they emit is not the same everywhere"
+                return "their output is not constant"
             if bool(constants.any()) and _pads_with_zeros(module):
                 return f"{name} pads with zeros"
         return ""
@@ -145,7 +145,7 @@ def _channel_dim(module: nn.Module) -> int:
 
 
 def _pads_with_zeros(module: nn.Module) -> bool:
-    """Whether a layer reads zeros beside the constant, so that what it makes of it differs at the borders."""
+    """Whether a layer reads zeros besides the constant, so that its output differs at the borders."""
     if isinstance(module, _ConvTransposeNd):
         return True
     if not isinstance(module, _ConvNd) or module.padding_mode != "zeros" or module.padding == "valid":
@@ -154,9 +154,9 @@ def _pads_with_zeros(module: nn.Module) -> bool:
 
 
 def _dead_units(sets: Sequence[UnitSet], obstacle: Callable[[UnitSet, int], str]) -> dict[UnitSet, dict[int, str]]:
-    """The units without weights, and what `obstacle` says of them.
+    """The units without weights, with the result of `obstacle` for each.
 
-    Weights do not count if they are zero, or read a dead unit of which it says nothing.
+    Weights do not count if they are zero, or if they read a dead unit without an obstacle.
     """
     nonzero = {
         (part.module, part.key): getattr(part.module, part.key).detach() != 0

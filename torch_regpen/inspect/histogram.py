@@ -1,4 +1,4 @@
-"""The histogram and the sums of a tensor, counted on its device in one pass and without a copy of it."""
+"""The histogram and the sums of a tensor, computed on its device in one pass without copying it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Counts", "flat_view", "histogram", "histogram_counts"]
 CPU_CHUNK = 1 << 17  # elements: 512 KiB of float32, within the second-level cache
 GPU_CHUNK = 1 << 22  # elements: enough to keep the device busy
 OCTAVE_BITS = 3  # 2**3 bins for each factor of 2: about as fine as TensorBoard draws the largest weights
-SUMS = 5  # how many numbers follow the bins in a row of `histogram_counts`
+SUMS = 5  # the number of sums after the bins in a row of `histogram_counts`
 
 
 def histogram_counts(w: Tensor) -> Tensor:
@@ -34,11 +34,11 @@ def histogram_counts(w: Tensor) -> Tensor:
     chunk = GPU_CHUNK if flat.is_cuda else CPU_CHUNK
     for start in range(0, flat.numel(), chunk):
         x = flat[start : start + chunk]
-        # Adding 0.0 turns -0.0 into 0.0, so that afterwards -0.0 can stand for what is not finite.
+        # Adding 0.0 turns -0.0 into 0.0, so that -0.0 can then represent NaN and infinities.
         x = (x.abs() if x.is_complex() else x).to(real) + 0.0
         x.nan_to_num_(-0.0, -0.0, -0.0)
-        # The leading bits of a float (sign, exponent, some of the mantissa) are the number of its bin. They are rounded
-        # up, so that only zeros are in the first.
+        # The leading bits of a float (sign, exponent, part of the mantissa) are the number of its bin. They are rounded
+        # up, so only zeros are in the first bin.
         index = x.view(integer).add((1 << shift) - 1).bitwise_right_shift_(shift).bitwise_and_(bins - 1)
         counts.index_add_(0, index, one.expand(len(index)))  # bincount would wait for a GPU
         lowest, highest = x.aminmax()
@@ -54,10 +54,10 @@ class Counts(NamedTuple):
     """A row of `histogram_counts`, on the CPU.
 
     Attributes:
-        bins: the counts of exact zeros; of `w > 0` by size; of NaN and infinities; of `w < 0` by size.
-        sums: of the finite elements: the sum, the l1 norm, the sum of squares, the largest, and the largest of their
-            negatives. What is not finite counts as 0.
-        dtype: that of the tensor.
+        bins: the counts of exact zeros, of `w > 0` by size, of NaN and infinities, and of `w < 0` by size.
+        sums: the sum, the l1 norm, the sum of squares, the largest element, and the largest negated element. Elements
+            that are not finite count as 0.
+        dtype: the dtype of the tensor.
     """
 
     bins: Tensor
@@ -71,16 +71,16 @@ class Counts(NamedTuple):
 
     @property
     def zeros(self) -> float:
-        """How many elements are exactly zero."""
+        """The number of elements that are exactly zero."""
         return self.bins[0].item()
 
     @property
     def nonfinite(self) -> float:
-        """How many elements are NaN or infinite."""
+        """The number of elements that are NaN or infinite."""
         return self.bins[len(self.bins) // 2].item()
 
     def without_zeros(self) -> Counts:
-        """Those of the elements that are not zero: all sums are the same."""
+        """The counts of the nonzero elements. The sums do not change."""
         bins = self.bins.clone()
         bins[0] = 0
         return self._replace(bins=bins)
@@ -92,7 +92,7 @@ class Counts(NamedTuple):
             return None
         total, _, squares, highest, negated = self.sums
         limits, counts = histogram(self.bins, self.dtype)
-        # An element that is not finite, or that was left out, counted as 0: then the bins tell where the others end.
+        # Elements that are not finite, or were left out, counted as 0; then the bins limit the range of the others.
         limits[0], limits[-1] = max(-negated, limits[0]), min(highest, limits[-1])
         return {
             **{"min": limits[0], "max": limits[-1], "num": count, "sum": total, "sum_squares": squares},
@@ -101,28 +101,28 @@ class Counts(NamedTuple):
 
 
 def flat_view(w: Tensor) -> Tensor:
-    """The elements of `w` in the order in which they lie in memory, so that channels_last is not copied."""
+    """The elements of `w` in memory order, so that channels_last is not copied."""
     return w.permute(sorted(range(w.ndim), key=w.stride, reverse=True)).reshape(-1)
 
 
 def histogram(counts: Tensor, dtype: torch.dtype) -> tuple[list[float], list[float]]:
-    """The upper limits and the counts of the bins, from the lowest up; of neighbouring empty bins only the last."""
+    """The upper limits and counts of the bins, in ascending order; of adjacent empty bins, only the last."""
     zero_and_positive, negative = counts.chunk(2)
     counts = torch.cat([negative[1:].flip(0), zero_and_positive])
     kept = counts > 0
-    kept[:-1] |= kept[1:].clone()  # an empty bin before a full one tells where that begins
+    kept[:-1] |= kept[1:].clone()  # the limit of an empty bin is where the next bin begins
     return _limits(working_dtype(dtype))[kept].tolist(), counts[kept].tolist()
 
 
 def _layout(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype, int]:
-    """The dtype in which a weight is counted, the integer of its width, and by how much its bits are shifted."""
+    """The dtype in which a weight is counted, the integer dtype of the same width, and the shift of its bits."""
     real = working_dtype(dtype)
     return (real, torch.int64, 52 - OCTAVE_BITS) if real == torch.float64 else (real, torch.int32, 23 - OCTAVE_BITS)
 
 
 @cache
 def _limits(dtype: torch.dtype) -> Tensor:
-    """The upper limits of all bins, from the lowest up."""
+    """The upper limits of all bins, in ascending order."""
     real, integer, shift = _layout(dtype)
     numbers = torch.arange(1 << (8 * real.itemsize - shift - 1), dtype=integer, device="cpu")
     edges = (numbers << shift).view(real).double()

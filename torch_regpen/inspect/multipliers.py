@@ -1,4 +1,4 @@
-"""What multiplied lambda in the last prox of a RegularizedOptimizer."""
+"""The factor on lambda in the last prox of a RegularizedOptimizer."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ..optim.wrapper import RegularizedOptimizer
 
 __all__ = ["multipliers"]
 
-SAMPLE = 1 << 15  # elements of a parameter of which the median is taken
+SAMPLE = 1 << 15  # the size of the sample of a parameter for the median
 
 
 def multipliers(optimizer: RegularizedOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
-    """The parameters with what multiplied lambda in the last prox: the median of a sample of their elements.
+    """Yield each parameter with the factor on lambda in the last prox, as the median over a sample of its elements.
 
-    It is the optimizer's own step for a unit gradient, and in the dual mode the sum of all steps. Parameters without a
-    gradient are left out, as are all, if there was no prox.
+    The factor is the optimizer's own step for a unit gradient, or in the dual mode the sum of all steps. Parameters
+    without a gradient are left out. Nothing is yielded if no penalty has a prox, or if zeros are frozen.
     """
     if optimizer.zeroing_penalty is None or optimizer.zeros_are_frozen:
         return
@@ -44,5 +44,5 @@ def multipliers(optimizer: RegularizedOptimizer) -> Iterator[tuple[Tensor, Tenso
 
 
 def _sample(x: Any) -> Any:
-    """At most `2 * SAMPLE` elements of this rank's shard of a tensor, with equal distances in memory."""
+    """At most `2 * SAMPLE` elements of this rank's shard of a tensor, equally spaced."""
     return local(x).reshape(-1)[:: max(x.numel() // SAMPLE, 1)] if isinstance(x, Tensor) and x.ndim else x

@@ -1,4 +1,4 @@
-"""Where the RegularizedOptimizer is, in what a trainer made of it."""
+"""Find the RegularizedOptimizer inside the wrapper of a trainer."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ __all__ = ["find_regularized"]
 
 
 def find_regularized(optimizer: object) -> RegularizedOptimizer | None:
-    """The RegularizedOptimizer that `optimizer` is or wraps, as those of Lightning and Accelerate do; else None."""
+    """The RegularizedOptimizer that `optimizer` is or wraps, as in Lightning and Accelerate; else None."""
     found = None
     while optimizer is not None:
         if isinstance(optimizer, RegularizedOptimizer):
-            found = optimizer  # go on: a LightningOptimizer says that it is an instance of what it wraps
+            found = optimizer  # continue, since a LightningOptimizer is also an instance of the class it wraps
         optimizer = getattr(optimizer, "optimizer", None)
     return found

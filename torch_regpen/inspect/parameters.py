@@ -1,4 +1,4 @@
-"""The parameters of a penalty or of a model, where they are used, and which of their units are dead."""
+"""The parameters of a penalty or a model, the places where they are used, and their dead units."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["ParameterUse"]
 
 
 class ParameterUse(NamedTuple):
-    """A parameter and the places where it is used: several, if layers share it.
+    """A parameter and the places where it is used. It has several if layers share it.
 
     Attributes:
-        name: its qualified name at the first of these places. If a parameter of another model in a sum has that name,
-            an underscore follows.
+        name: its qualified name at the first place, with an underscore added if a parameter of another model in a sum
+            has the same name.
         tensor: the parameter.
         refs: the places.
     """
@@ -34,11 +34,11 @@ class ParameterUse(NamedTuple):
 
     @property
     def outputs(self) -> Grouping:
-        """A group for each of its output units."""
+        """The grouping with one group for each output unit."""
         return grouping_of("output", self.refs[0], self.tensor.shape)
 
     def dead(self, grouping: Grouping | None = None) -> Tensor:
-        """Whether the weights of each unit are all exactly zero; units are the output units, or the given groups."""
+        """Whether the weights of each output unit, or of each given group, are all exactly zero."""
         w, ref = self.tensor, self.refs[0]
         length = ref.length_of(self.name)
         if length is not None:  # weight_norm: a weight whose length is zero is zero
@@ -47,19 +47,19 @@ class ParameterUse(NamedTuple):
             return zero_groups(w, grouping)
         dead = zero_groups(w, self.outputs)
         other = recurrent_partner(ref)
-        # A unit of a recurrent layer is dead if it gets nothing from the input and nothing from the step before.
+        # A unit of a recurrent layer is dead if its weights for the input and for the previous step are all zero.
         return dead if other is None else dead & zero_groups(other, grouping_of("output", ref, other.shape))
 
 
 def find_parameters(
     source: Penalty | nn.Module, select: Select | None = None, default: Select = "all"
 ) -> list[ParameterUse]:
-    """The parameters of a penalty, or those of a model that `select` chooses, looked up now.
+    """The current parameters of a penalty, or those of a model that `select` chooses.
 
     Args:
         source: the penalty, or the model.
-        select: which parameters of a model, as a penalty takes it.
-        default: what `select=None` means.
+        select: the parameters of a model, in the forms of a penalty's `select`.
+        default: the meaning of `select=None`.
 
     Raises:
         TypeError: `source` is neither a penalty nor a model.
@@ -72,8 +72,8 @@ def find_parameters(
     if isinstance(source, Penalty):
         if select is not None:
             raise ValueError(
-                f"select={select!r} beside a penalty: it chooses among a model's parameters, and a penalty has chosen. "
-                "Give the model, or a penalty on those that you mean"
+                f"select={select!r} with a penalty: select chooses among a model's parameters, but a penalty has "
+                "already chosen. Give the model, or a penalty on the parameters that you mean"
             )
         places = [place for part in source.parts for place in part.places()]
     else:

@@ -21,44 +21,44 @@ from ..distributed.shards import DTensor
 from ..penalties.coupling import Inputs, UnitSet, arguments_in, coupled_units, equal_to_rounding
 from ..penalties.coupling_layers import Slices, port_widths, resize, rows
 from ..penalties.coupling_trace import copied_buffers, kept_contents, tensors_in
-from ..utils import warn
+from ..utils import first_names, warn
 from .folding import Folding, Map
 
 __all__ = ["shrink"]
 
-Cut = list[tuple[UnitSet, list[int]]]  # sets of units with the indices of the units that leave; all of them or none
+Cut = list[tuple[UnitSet, list[int]]]  # sets of units, with the indices of units that can only be removed together
 
-# What modules with attention heads, in timm and transformers, call the number of their heads and its product with the
+# The names that attention modules in timm and transformers use for the number of heads, and for its product with the
 # size of a head.
 HEADS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads", "n_heads", "n_head", "heads")
 WIDTHS = ("attn_dim", "all_head_size", "split_size", "inner_dim")
 
 
 def shrink(model: nn.Module, example_inputs: Inputs) -> nn.Module:
-    """A copy of a model without the units that are zero throughout: smaller layers, the same outputs up to rounding.
+    """A copy of a model without its zero units: it has smaller layers and the same outputs up to rounding.
 
-    A unit is what `Coupled` makes one group of: a neuron, a channel, an attention head, a unit of an LSTM. It leaves if
-    - all that writes it is exactly zero: its rows, its bias, and its scale and shift in norm layers; or
-    - its weights are zero, so that it emits a constant in eval mode (its bias, the shift of a norm), and the layers
-      that read it can take the constant up in their biases: a Linear, or a convolution that does not pad with zeros.
-      A constant of 0, as after a ReLU, needs no bias and may be padded. A layer without a bias gets one.
+    A unit is one group of `Coupled`: a neuron, a channel, an attention head, a unit of an LSTM. It is removed if
+    - everything that writes it is exactly zero: its rows, its bias, and its scale and shift in norm layers; or
+    - its weights are zero, so its output in eval mode is a constant (from its bias or the shift of a norm), and this
+      constant can be folded into the biases of the layers that read it: a Linear, or a convolution without zero
+      padding. A constant of 0, as after a ReLU, needs no bias and may be padded. A layer without a bias gets one.
 
-    Weights that read units which leave do not count as nonzero. The columns that read a unit leave too, whatever their
-    values are. Of a set of units at least one stays.
+    Weights that read removed units count as zero. The columns that read a unit are removed with it, whatever their
+    values are. At least one unit of each set is kept.
 
-    The copy consists of the same modules with smaller parameters, and of no class of this package. Save it whole, with
-    `torch.save(model, file)`: its class would construct the original sizes. It has no gradients, and an optimizer must
-    be constructed anew for it. It takes the inputs of the model; `shrink_inputs` removes those that are not read.
+    The copy consists of the same modules with smaller parameters, without classes of this package. Save it whole, with
+    `torch.save(model, file)`, because its class would construct the original sizes. It has no gradients and needs a new
+    optimizer. It takes the same inputs as the model; `shrink_inputs` removes inputs that are not read.
 
-    Units stay, and a warning names them and says why, where
-    - a constant cannot be taken up exactly;
+    Some zero units are kept, and a warning names them with the reason:
+    - a constant cannot be folded exactly;
     - they cannot be removed: outputs of the model, units under a LayerNorm, heads of nn.MultiheadAttention, and units
-      whose number is held by an attribute of a module that is not known;
+      whose number equals an attribute of unknown meaning in some module;
     - the layers and directions of an LSTM or GRU, which share one `hidden_size`, have different numbers of them;
-    - the outputs for `example_inputs` are not the same without them.
+    - the outputs for `example_inputs` change without them.
 
     Args:
-        model: the model, which is not changed.
+        model: the model; it is not changed.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments to call the model with.
 
     Returns:
@@ -115,7 +115,7 @@ def copied_model(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Within it the model is in eval mode; afterwards each module is in its own mode again."""
+    """Put the model in eval mode; restore the mode of each module at the end."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -126,10 +126,10 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 class Shrinking:
-    """Removes units from a model in eval mode, and restores them where its outputs are not the same.
+    """Removes units from a model in eval mode, and restores them if its outputs change.
 
     Attributes:
-        stay: the units that stay, with the reasons, for a message.
+        stay: the units that are kept, with the reasons, for a message.
     """
 
     def __init__(self, model: nn.Module, example_inputs: Inputs) -> None:
@@ -143,12 +143,13 @@ class Shrinking:
         self.outputs = self._run()
 
     def warn_about_what_stays(self, what: str) -> None:
-        """Name what stays."""
+        """Warn about the units that are kept."""
         if self.stay:
-            warn(f"shrink could not remove all {what}. What stays, and why: {'; '.join(self.stay)}")
+            shown = first_names(self.stay, most=8, separator="; ")
+            warn(f"shrink could not remove all {what}. These remain: {shown}")
 
     def cuts(self, sets: Sequence[UnitSet]) -> list[Cut]:
-        """The zero units that can leave, as far as the modules tell."""
+        """The zero units that seem removable, judging by the modules alone."""
         found = []
         zeros = {units: zero_units(units.members) for units in sets}
         dead = self.folding.dead(sets, zeros)
@@ -178,13 +179,13 @@ class Shrinking:
         return found
 
     def remove(self, cuts: list[Cut]) -> None:
-        """Make those of the cuts that leave the outputs as they are."""
+        """Make the cuts that do not change the outputs."""
         if cuts:
             self._apply(self._accepted([], cuts))
             self._run()  # for `_adopt_size`
 
     def _accepted(self, accepted: list[Cut], more: list[Cut]) -> list[Cut]:
-        """The accepted cuts, and those of `more` that also leave the outputs as they are, found by bisection."""
+        """The accepted cuts, and the cuts in `more` that do not change the outputs either, found by bisection."""
         reason = self._objection([*accepted, *more])
         if reason is None:
             return [*accepted, *more]
@@ -197,7 +198,7 @@ class Shrinking:
 
     @torch.no_grad()
     def _apply(self, cuts: list[Cut]) -> None:
-        """Make the model what it was but for the units of these cuts."""
+        """Restore the model, then remove the units of these cuts."""
         for module, contents in self.before.items():
             vars(module).update(_copied(contents))
         gone: dict[tuple[nn.Module, str, int], list[Tensor]] = defaultdict(list)
@@ -227,7 +228,7 @@ class Shrinking:
             resize(module, self.before[module]["_parameters"])
 
     def name_left(self, sets: Sequence[UnitSet], left: dict[str, str]) -> None:
-        """Name the rows without weights of the layers that have no units, or only some, that can be removed."""
+        """Record the zero rows of layers for which some or all units cannot be removed."""
         in_units: dict[tuple[nn.Module, str], list[Tensor]] = defaultdict(list)
         for member in (member for units in sets for member in units.members):
             in_units[member.module, member.key].append(member.index.flatten())
@@ -237,7 +238,7 @@ class Shrinking:
                 if where in left and slices:
                     first = slices[0]
                     known = torch.cat([torch.zeros(0, dtype=torch.int64), *in_units[first.module, first.key]])
-                    # A row with a bias emits a constant; it is dead as well.
+                    # A row without weights is dead even if it has a bias: its output is constant.
                     weights = [part for part in slices if _parameter(part).ndim > 1]
                     zero = first.index[zero_units(weights or slices)]
                     count = len(zero) - int(torch.isin(zero, known).any(1).sum())
@@ -248,7 +249,7 @@ class Shrinking:
             self.stay.append(f"{count} of {name!r}: {reason}")
 
     def obstacle(self, units: UnitSet) -> str | None:
-        """Why units cannot leave: a module depends on their number, and not only by the sizes of its parameters."""
+        """Why units cannot be removed: a module depends on their number other than by the sizes of its parameters."""
         for part in (*units.members, *units.readers):
             module, size = part.module, _parameter(part).shape[part.dim]
             if isinstance(module, nn.MultiheadAttention) or isinstance(self.parents.get(module), nn.MultiheadAttention):
@@ -261,11 +262,11 @@ class Shrinking:
         return None
 
     def _objection(self, cuts: list[Cut]) -> str | None:
-        """Why the units of these cuts cannot leave: the outputs are not the same."""
+        """Why the units of these cuts cannot be removed: the outputs change. None if they do not."""
         self._apply(cuts)
         try:
             outputs = self._run()
-        except Exception as error:  # whatever the forward pass of a model raises for sizes that it does not expect
+        except Exception as error:  # a forward pass may raise anything for unexpected sizes
             return f"the forward pass fails without them: {next(iter(str(error).splitlines()), type(error).__name__)}"
         if [each.shape for each in outputs] != [each.shape for each in self.outputs]:
             return "the outputs have another shape without them"
@@ -273,7 +274,7 @@ class Shrinking:
 
     @torch.no_grad()
     def _run(self, state: Mapping[str, Tensor] = MappingProxyType({}), change: Map | None = None) -> list[Tensor]:
-        """The outputs, with other parameters in place of those in `state`, and with floating-point inputs changed."""
+        """The outputs, after `state` replaces parameters and `change` is applied to floating-point inputs."""
         args, kwargs = self.args, self.kwargs
         if change is not None:
             args, kwargs = tree_map_only(Tensor, lambda x: change(x) if x.is_floating_point() else x, (args, kwargs))
@@ -282,7 +283,7 @@ class Shrinking:
         try:
             devices = list({p.device for p in self.model.parameters() if p.is_cuda})
             with torch.random.fork_rng(devices=devices), kept_contents(self.model):
-                # each run draws the same numbers
+                # each run draws the same random numbers
                 out = functional_call(self.model, {**copied_buffers(self.model), **state}, args, kwargs)
                 return [tensor.clone() for tensor in tensors_in(out)]
         finally:
@@ -290,7 +291,7 @@ class Shrinking:
                 hook.remove()
 
     def _resize_attention(self, units: UnitSet, leaving: int) -> None:
-        """Change the number of heads that the parents of projections know, if the units are heads."""
+        """If the units are heads, change the number of heads in the attributes of the attention modules."""
         projections = [part for part in units.members if _parameter(part).ndim > 1 and part.index.shape[1] > 1]
         for parent in dict.fromkeys(self.parents[part.module] for part in projections if part.module in self.parents):
             if any(name in vars(parent) for name in HEADS):
@@ -301,7 +302,7 @@ class Shrinking:
 
 
 def zero_units(slices: Sequence[Slices]) -> list[int]:
-    """The units of which all slices are zero."""
+    """The units whose slices are all zero."""
     zero = torch.ones(len(slices[0].index), dtype=torch.bool)
     for part in slices:
         parameter = _parameter(part).detach()
@@ -311,7 +312,7 @@ def zero_units(slices: Sequence[Slices]) -> list[int]:
 
 
 def _with_common_rnn(sets: Sequence[UnitSet]) -> list[list[UnitSet]]:
-    """The sets, in lists; those that write units of the same recurrent layer are in one."""
+    """Group the sets into lists; sets that write units of the same recurrent layer are in the same list."""
     found: list[tuple[set[nn.Module], list[UnitSet]]] = []
     for units in sets:
         layers = {part.module for part in units.members if isinstance(part.module, nn.RNNBase)}
@@ -333,7 +334,7 @@ def _has_all_parts(sets: Sequence[UnitSet]) -> bool:
 
 
 def _adopt_size(norm: Any, args: tuple[Tensor, ...]) -> None:
-    """Without parameters, the size that the norm knows is not in the way, but it would warn about it."""
+    """Set the size of a norm without parameters; a wrong one would only cause a warning."""
     norm.num_features = args[0].shape[args[0].ndim - norm._get_no_batch_dim()]
 
 
@@ -343,5 +344,5 @@ def _parameter(part: Slices) -> Tensor:
 
 
 def _copied(contents: dict[str, Any]) -> dict[str, Any]:
-    """The attributes, and copies of the dicts of parameters and buffers, which are changed in place."""
+    """The attributes, with copies of the dicts of parameters and buffers, because these change in place."""
     return {**contents, "_parameters": dict(contents["_parameters"]), "_buffers": dict(contents["_buffers"])}

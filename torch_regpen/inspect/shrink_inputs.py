@@ -21,23 +21,23 @@ def shrink_inputs(model: nn.Module, example_inputs: Tensor) -> tuple[nn.Module, 
     """A copy of a model that takes only the input features with a nonzero weight, and the indices of these features.
 
     With `smaller, kept = shrink_inputs(model, x)`, `smaller(x[..., kept])` equals `model(x)` up to rounding. Features
-    are those of the last dimension; for a model whose convolutions read them, or that flattens images, they are the
-    channels (dimension 1), and it is `smaller(x[:, kept])`. A penalty with `groups="input"` on the first layer makes
-    features unread. At least one feature stays. To remove units too, call `shrink` first: without them, further
-    features may be unread.
+    lie along the last dimension. If convolutions read them, or the model flattens images, they are the channels
+    (dimension 1), and the call is `smaller(x[:, kept])`. A penalty with `groups="input"` on the first layer makes
+    features unread. At least one feature is kept. To remove units too, call `shrink` first; then more features may be
+    unread.
 
     Args:
-        model: a model of one floating-point tensor; it is not changed.
-        example_inputs: that tensor.
+        model: a model whose input is one floating-point tensor; it is not changed.
+        example_inputs: an example of this tensor.
 
     Returns:
         The copy, in the mode of the model, and the sorted indices of the features that it takes.
 
     Raises:
         ImportError: Torch-Pruning is not installed.
-        TypeError: the model is not a module, or the example input is no floating-point tensor.
-        ValueError: the model does more with its input features than to multiply them with the columns of its first
-            layers, so that none can be removed; see also `shrink`.
+        TypeError: the model is not a module, or the example input is not a floating-point tensor.
+        ValueError: no feature can be removed, because the model uses its inputs other than by multiplying them with the
+            columns of its first layers; see also `shrink`.
 
     Example:
         >>> import torch
@@ -51,7 +51,7 @@ def shrink_inputs(model: nn.Module, example_inputs: Tensor) -> tuple[nn.Module, 
         (Linear(in_features=2, out_features=2, bias=True), [1, 3])
     """
     if not isinstance(example_inputs, Tensor) or not example_inputs.is_floating_point() or not example_inputs.ndim:
-        raise TypeError("example_inputs must be one floating-point tensor: the features of other inputs are not known")
+        raise TypeError("example_inputs must be one floating-point tensor; the features of other inputs are not known")
     reasons = []
     kinds = [nn.Linear, CONVOLUTIONS.get(example_inputs.ndim)]
     for kind in filter(None, reversed(kinds) if example_inputs.ndim > 3 else kinds):  # channels of images first
@@ -69,7 +69,7 @@ def shrink_inputs(model: nn.Module, example_inputs: Tensor) -> tuple[nn.Module, 
 
 
 def _cuts(shrinking: Shrinking, whole: _Whole, sets: list[UnitSet]) -> list[Cut]:
-    """The features that nothing reads and that can leave, as far as the modules tell; one feature stays."""
+    """The unread features that seem removable, judging by the modules alone; one feature is kept."""
     cuts: list[Cut] = []
     most = len(whole.inputs.weight) - 1
     for units in sets:
@@ -85,7 +85,7 @@ def _cuts(shrinking: Shrinking, whole: _Whole, sets: list[UnitSet]) -> list[Cut]
 
 
 class _Whole(nn.Module):
-    """A model behind a layer that puts out its inputs, so that features are units which this layer writes.
+    """A model after an identity layer, so that the input features become units that this layer writes.
 
     Args:
         kind: the layer: a Linear, or a convolution of one pixel.

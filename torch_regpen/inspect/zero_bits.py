@@ -1,4 +1,4 @@
-"""Which elements of a tensor are zero, in one bit each, and how many of them have changed."""
+"""Record which elements of a tensor are zero, in one bit each, and count the changes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class ZeroBits(NamedTuple):
     """Which elements of this rank's shard of a tensor are zero.
 
     Attributes:
-        layout: the shape, the strides and the device of the shard; bits of another layout cannot be compared.
-        bits: eight elements in each byte, in the order of memory; a bit is set where the element is not zero.
+        layout: the shape, strides and device of the shard. Only bits of the same layout can be compared.
+        bits: eight elements in each byte, in memory order; a bit is set if the element is not zero.
     """
 
     layout: tuple[object, ...]
@@ -43,7 +43,7 @@ def zero_bits(w: Tensor) -> ZeroBits:
 
 
 def count_flipped(old: ZeroBits, new: ZeroBits, w: Tensor) -> Tensor:
-    """How many elements of `w` are zero in one of the two and not in the other, over all ranks: a 0-dim tensor."""
+    """The number of elements of `w` that are zero in only one of the two, over all ranks; a 0-dim tensor."""
     powers, count = _powers(new.bits), torch.zeros((), dtype=torch.int64, device=new.bits.device)
     for before, after in zip(old.bits.split(CHUNK // 8), new.bits.split(CHUNK // 8), strict=True):
         count += ((before ^ after)[:, None] & powers).bool().sum()

@@ -46,7 +46,7 @@ class TensorBatch:
 
     @property
     def grads(self) -> list[Tensor]:
-        """The gradients of the tensors, all of which have one."""
+        """The gradients of the tensors. Each tensor must have one."""
         return list(map(GRAD, self.tensors))
 
     @property
@@ -61,7 +61,7 @@ class TensorBatch:
 
     @property
     def has_fused_prox(self) -> bool:
-        """Whether the prox is a soft threshold and a division, for which there are operations on lists of tensors."""
+        """Whether the prox is a soft threshold and a division, which have fused operations on lists of tensors."""
         return self.elementwise and not any(term.penalty.positive for term in self.terms)
 
     @property
@@ -132,7 +132,7 @@ class JointBatch(TensorBatch):
         """Combine the steps of the tensors into the step of the matrix.
 
         Raises:
-            ValueError: the steps differ between tensors, and the penalty has no prox for that.
+            ValueError: the steps differ between tensors, and the penalty has no prox for different steps.
         """
         first = steps[0]
         changes = [step.max_change for step in steps if step.max_change is not None]
@@ -156,7 +156,7 @@ class JointBatch(TensorBatch):
         return Step(self.spread([step.size for step in steps]), max_change, unseen)
 
     def spread(self, sizes: Sequence[float | Tensor]) -> Tensor:
-        """The matrix of a number, a 0-dim tensor or a tensor of its shape for each tensor."""
+        """Gather one size for each tensor (a number, a 0-dim tensor, or a tensor of its shape) into a matrix."""
         return self.joint.gather([_expanded(size, w) for size, w in zip(sizes, self.tensors, strict=True)])
 
 
@@ -211,12 +211,12 @@ def _largest(changes: list[float | Tensor]) -> float | Tensor:
 
 
 def is_packed(batch: TensorBatch) -> bool:
-    """Whether it is several tensors that can be read as one flat tensor."""
+    """Whether the batch has several tensors that can be joined into one flat tensor."""
     return len(batch.tensors) > 1 and not isinstance(batch, JointBatch) and local(batch.tensors[0]) is batch.tensors[0]
 
 
 def as_one_tensor(batch: TensorBatch, steps: Sequence[Step]) -> tuple[TensorBatch, list[Step]]:
-    """A copy of a batch of several tensors as one tensor, with its step; a batch of a single tensor as it is."""
+    """Copy a batch of several tensors into a batch of one tensor, with its step; return a single tensor unchanged."""
     if isinstance(batch, JointBatch):
         return batch.matrix(), [batch.step(steps)]
     if not is_packed(batch):
@@ -226,7 +226,7 @@ def as_one_tensor(batch: TensorBatch, steps: Sequence[Step]) -> tuple[TensorBatc
         step = steps[0]
     elif (fused := adaptive(steps)) is not None:
         moments, numerators, eps, max_change = fused
-        numerators, eps = (spread_scalars(x, batch.tensors) if x.ndim else x for x in (numerators, eps))
+        numerators, eps = spread_scalars(batch.tensors, numerators, eps)
         step = Step(numerators, max_change, moment=joined(moments), eps=eps)
     else:
         sizes = [_expanded(step.size, w) for step, w in zip(steps, batch.tensors, strict=True)]

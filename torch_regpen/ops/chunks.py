@@ -1,4 +1,4 @@
-"""Tensors in chunks that fit the cache, and small tensors together."""
+"""Split large tensors into chunks that fit the cache, and pack small tensors together."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..groups.grouping import working_dtype
 
 @dataclass(frozen=True)
 class Sizes:
-    """In elements.
+    """Sizes of packs and chunks on a device, in elements.
 
     Attributes:
-        small: the most of a tensor that goes together with others.
-        pack: the most of these together.
-        chunk: of the pieces of larger ones.
-        group_chunk: of these, where many arrays of their size are computed for groups.
+        small: the largest tensor that is packed with others.
+        pack: the largest pack.
+        chunk: the size of a chunk of a larger tensor.
+        group_chunk: the size of a chunk for operations on groups.
     """
 
     small: int
@@ -32,8 +32,8 @@ class Sizes:
     group_chunk: int
 
 
-# A chunk of float32 and what is computed beside it are within the second-level cache; temporaries of twice the size go
-# back to the system each time, and new ones cost more than what is done to them.
+# A float32 chunk and its temporaries fit the second-level cache. Temporaries of twice the size would return to the OS
+# after each operation; faulting them in again costs more than the arithmetic.
 CPU = Sizes(small=1 << 17, pack=1 << 18, chunk=1 << 17, group_chunk=1 << 19)
 
 
@@ -47,8 +47,8 @@ Slicer = Callable[[Any], Any]
 
 
 def batch_indices(ws: Sequence[Tensor]) -> list[list[int]]:
-    """The indices of the tensors that go together: one large tensor, or small ones of one type, dtype and device."""
-    if torch.compiler.is_compiling():  # the compiler makes its own
+    """The indices of the tensors in each pack: one large tensor, or small ones of one type, dtype and device."""
+    if torch.compiler.is_compiling():  # the compiler fuses by itself
         return [[i] for i in range(len(ws))]
     found: list[list[int]] = []
     open_packs: dict[Any, list[int]] = {}
@@ -69,12 +69,14 @@ def batch_indices(ws: Sequence[Tensor]) -> list[list[int]]:
 
 
 def slicers(w: Tensor, dims: Sequence[int], times: int = 1) -> Iterator[Slicer]:
-    """For each piece of a tensor what takes it, and the same of a tensor beside it; of all else, it takes the whole.
+    """Yield, for each chunk of a tensor, a function that takes this chunk of the tensor or of others like it.
+
+    The function returns numbers, and tensors of another size along the cut, unchanged.
 
     Args:
         w: the tensor.
-        dims: along which it may be cut.
-        times: how much larger than usual the pieces may be, where next to nothing is written beside them.
+        dims: the dimensions along which it may be cut.
+        times: a factor on the usual chunk size, for operations with few temporaries.
     """
     chunk = times * sizes(w).chunk
     if not dims or w.numel() <= chunk or local(w) is not w or torch.compiler.is_compiling():
@@ -93,7 +95,7 @@ def _narrow(dim: int, start: int, length: int, whole: int, x: Any) -> Any:
 
 
 def half_chunks(ws: Sequence[Tensor]) -> Iterator[slice]:
-    """Parts of a pack of half a chunk each, where several temporaries of their size have to fit the cache."""
+    """Yield slices of a pack of half a chunk each, for operations with several temporaries of that size."""
     start = size = 0
     for i, w in enumerate(ws):
         if i > start and size + w.numel() > sizes(w).chunk // 2:
@@ -104,7 +106,7 @@ def half_chunks(ws: Sequence[Tensor]) -> Iterator[slice]:
 
 
 def zip_chunks(*lists: Sequence[Tensor], times: int = 1) -> Iterator[tuple[list[Tensor], ...]]:
-    """Corresponding pieces of lists of tensors of the same shapes: chunks of single ones, or all of a pack."""
+    """Yield corresponding pieces of lists of tensors: chunks of a single tensor, or all tensors of a pack."""
     parts = tuple(map(local_shards, lists))
     if len(parts[0]) > 1 or torch.compiler.is_compiling():
         yield parts
@@ -114,7 +116,7 @@ def zip_chunks(*lists: Sequence[Tensor], times: int = 1) -> Iterator[tuple[list[
 
 
 def _chunks(w: Tensor, *others: Tensor, times: int) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of one shape, cut alike, whatever their strides: along dim 0, if its rows fit a chunk."""
+    """Split tensors of one shape in the same way, whatever their strides: along dim 0, if a row fits a chunk."""
     size, chunk = w.numel(), times * sizes(w).chunk
     if size <= chunk:
         return iter([(w, *others)])
@@ -126,37 +128,37 @@ def _chunks(w: Tensor, *others: Tensor, times: int) -> Iterator[tuple[Tensor, ..
 
 
 def sizes(w: Tensor) -> Sizes:
-    """How tensors are put together and cut on the device of `w`."""
+    """The sizes of packs and chunks on the device of `w`."""
     return CUDA if w.is_cuda else CPU
 
 
 def local_shards(ws: Sequence[Tensor]) -> list[Tensor]:
-    """The parts of the tensors of a pack that lie on this rank."""
+    """The shards of the tensors of a pack on this rank."""
     return list(map(local, ws)) if local(ws[0]) is not ws[0] else list(ws)
 
 
 def joined(some: Sequence[Tensor]) -> Tensor:
-    """A tensor as it is, or several as one."""
+    """Join several tensors into one flat tensor; return a single tensor unchanged."""
     if len(some) == 1:
         return some[0]
-    if torch._C._are_functorch_transforms_active():  # which know no more than this
+    if torch._C._are_functorch_transforms_active():  # torch.func does not support _flatten_dense_tensors
         return torch.cat([x.reshape(-1) for x in some])
     return _flatten_dense_tensors(some)  # type: ignore[no-any-return]
 
 
 def joined_wide(some: Sequence[Tensor]) -> Tensor:
-    """`joined`, in float32 at least."""
+    """`joined`, in float32 or float64."""
     x = joined(some)
     return x.to(working_dtype(x.dtype))
 
 
 def split_like(x: Tensor, some: list[Tensor]) -> list[Tensor]:
-    """Takes apart again what `joined` put together."""
+    """Undo `joined`: split `x` into tensors shaped like `some`."""
     return [x] if len(some) == 1 else list(_unflatten_dense_tensors(x, some))
 
 
 def buffer_like(x: Tensor, buffer: Tensor | None) -> Tensor | None:
-    """Memory to write to for each piece anew, where that is known to be possible; None for what torch allocates."""
+    """Memory shaped like `x`, from `buffer` if it fits; None if torch should allocate it (compiling, torch.func)."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
     if buffer is not None and buffer.is_contiguous() and x.is_contiguous() and x.numel() <= buffer.numel():
@@ -164,11 +166,17 @@ def buffer_like(x: Tensor, buffer: Tensor | None) -> Tensor | None:
     return buffer if buffer is not None and buffer.shape == x.shape else torch.empty_like(x)
 
 
-def spread_scalars(xs: Tensor, ws: Sequence[Tensor]) -> Tensor:
-    """An element for each tensor of a pack, as one for each of theirs, `joined`; of a single tensor, 0-dim."""
+def spread_scalars(ws: Sequence[Tensor], *xs: Tensor) -> tuple[Tensor, ...]:
+    """Repeat one number per tensor of a pack for each of its elements, as `joined` does; 0-dim for one tensor.
+
+    Args:
+        ws: the pack.
+        xs: each has one number per tensor, or is 0-dim and returned unchanged.
+    """
     if len(ws) == 1:
-        return xs[0]
-    if xs.device.type == "cpu":  # elsewhere the sizes would have to be copied to the device
-        sizes = [w.numel() for w in ws]
-        return xs.repeat_interleave(torch.tensor(sizes, device="cpu"), output_size=sum(sizes))
-    return joined([x.expand_as(w) for x, w in zip(xs.unbind(), ws, strict=True)])
+        return tuple(x[0] if x.ndim else x for x in xs)
+    if xs[0].device.type != "cpu":  # elsewhere the sizes would have to be copied to the device
+        return tuple(joined([y.expand_as(w) for y, w in zip(x, ws, strict=True)]) if x.ndim else x for x in xs)
+    sizes = [w.numel() for w in ws]
+    index = torch.repeat_interleave(torch.tensor(sizes, device="cpu"), output_size=sum(sizes))
+    return tuple(x.index_select(0, index) if x.ndim else x for x in xs)

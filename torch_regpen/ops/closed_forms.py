@@ -8,9 +8,10 @@ from .terms import Term
 
 
 def check_prox(terms: list[Term], per_coordinate: bool = False) -> None:
-    """Raise `ValueError` where the prox of the sum of these terms of one tensor is not known in closed form.
+    """Raise `ValueError` if the prox of the sum of these terms of one tensor is not known in closed form.
 
-    Known are: any single kind; and sums of L1, L2 and elastic nets over elements and over groups of one grouping.
+    It is known for a single penalty of any kind, and for sums of L1, L2 and elastic nets over elements and over groups
+    of one grouping.
     """
     for term in terms:
         if not term.penalty.has_prox():
@@ -22,13 +23,13 @@ def check_prox(terms: list[Term], per_coordinate: bool = False) -> None:
     where = f"{names} on parameter {terms[0].name!r}"
     ways_out = "use mode='coupled' or 'decoupled', or one of them in the loss"
     if not all(term.penalty.has_grad() and not term.penalty.positive for term in terms):
-        ways_out = "give each a mode of its own, as in [(L0(model, lam), 'proximal'), (L2(model, lam), 'decoupled')]"
+        ways_out = "give each its own mode, as in [(L0(model, lam), 'proximal'), (L2(model, lam), 'decoupled')]"
     if any(term.penalty.coefficients is None for term in terms):
         if len(terms) > 1:
             raise ValueError(f"the prox of {where} is not known in closed form; {ways_out}")
         if per_coordinate and not isinstance(terms[0].grouping, Elements):
             raise ValueError(
-                f"the prox of {where} over groups is not known where the step differs by coordinate; "
+                f"the prox of {where} over groups is not known if the step differs by coordinate; "
                 "use metric='euclidean'"
             )
         return
@@ -39,7 +40,7 @@ def check_prox(terms: list[Term], per_coordinate: bool = False) -> None:
     if any(isinstance(term.grouping, SingularValues) for term in grouped):
         if per_coordinate:
             raise ValueError(
-                f"the prox of {where} over singular values is not known where the step differs by coordinate; "
+                f"the prox of {where} over singular values is not known if the step differs by coordinate; "
                 "use metric='euclidean'"
             )
         if elements or any(term.penalty.positive for term in terms):

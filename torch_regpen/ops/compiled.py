@@ -1,7 +1,7 @@
 """Operations of `foreach` through torch.compile: each kernel is one pass over memory, without temporaries.
 
-What the kernels do not take (packs of small tensors, complex ones, layouts that would need a copy), and everything
-where no compiler works, is left to the eager operations, whose results are the same to rounding.
+The eager operations, with the same results up to rounding, do what the kernels do not support: packs of small tensors,
+complex tensors, and layouts that would need a copy. They do everything if no compiler works.
 """
 
 from __future__ import annotations
@@ -106,14 +106,14 @@ def threshold_latent_each_(
 
 
 def run(kernel: Callable[..., Any], *args: Any) -> Any:
-    """Call a compiled kernel; where it does not compile, warn once and call it as it is."""
+    """Call a compiled kernel. If it does not compile, warn once and call the uncompiled function."""
     global _failed
     if not _failed:
         try:
             return _compiled(kernel)(*args)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # also where Python or the system is one that torch.compile does not support
+        except RuntimeError as error:  # also if torch.compile does not support this Python or system
             _failed = True
             warn(
                 f"compiling the penalty has no effect: torch.compile failed with {type(error).__name__}: "
@@ -128,7 +128,7 @@ def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether kernels take these plain tensors of one parameter: real, with more than an element, not traced now."""
+    """Whether kernels support these tensors of one parameter: plain, real, with several elements, not traced."""
     if _failed or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     real = not any(x.is_complex() or x.is_meta or type(x) is not Tensor for x in tensors)
@@ -136,21 +136,21 @@ def takes(*tensors: Tensor) -> bool:
 
 
 def plain(x: Tensor, *shape: int) -> Tensor:
-    """The memory of a dense tensor in another shape, as a tensor that is no view: of a view, the base is compiled in.
+    """The memory of a dense tensor in another shape. It is not a view, for which the kernel would depend on the base.
 
-    Its version counter is another: after a change in place, `increment_version` of the tensor.
+    It has its own version counter: after an in-place change, call `increment_version` on the tensor.
     """
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
     return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), shape, strides)
 
 
 def scalar(x: Scalar) -> Tensor:
-    """A 0-dim tensor, which torch.compile does not make a constant."""
+    """`x` as a 0-dim tensor, so that torch.compile does not treat it as a constant."""
     return x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device="cpu")
 
 
 def _flat(*lists: Sequence[Tensor]) -> list[Tensor] | None:
-    """Views of one dimension, in the order of memory, of the tensors of one parameter; None where there are none."""
+    """Flat tensors, in memory order, on the memory of the tensors of one parameter; None if that is impossible."""
     if len(lists[0]) > 1:
         return None
     tensors = [local(x).detach() for (x,) in lists]

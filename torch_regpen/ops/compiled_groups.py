@@ -1,6 +1,6 @@
 """The steps of a group lasso through torch.compile; see `compiled`.
 
-Each function returns False, and changes nothing, where the kernels do not take the tensors.
+Each function returns False and changes nothing if the kernels do not support the tensors.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def shrink_groups_(terms: list[Term], step: Step) -> bool:
 
 
 def average_groups_(terms: list[Term], gap: Tensor, sums: Tensor, step: Step) -> bool:
-    """A step of dual averaging over groups, in place: of any term with one step, of a group lasso with other steps."""
+    """A step of dual averaging over groups, in place. Steps may differ by element only for a group lasso."""
     if not sums.ndim:
         return _scale_groups_(terms, gap, sums)
     moment, eps, max_change = step.moment, step.eps, step.max_change
@@ -83,7 +83,7 @@ def average_groups_(terms: list[Term], gap: Tensor, sums: Tensor, step: Step) ->
 
 
 def _scale_groups_(terms: list[Term], gap: Tensor, sums: Tensor) -> bool:
-    """`average_groups_` where the step is the same for all coordinates."""
+    """`average_groups_` if the step is the same for all coordinates."""
     if not has_group_views(terms, gap) or terms[0].tensor.dtype != gap.dtype:
         return False
     groups = _rows(terms[0], gap)
@@ -98,7 +98,7 @@ def _scale_groups_(terms: list[Term], gap: Tensor, sums: Tensor) -> bool:
 
 
 def _rows(term: Term, *beside: Tensor) -> GroupChunk | None:
-    """Matrices with a group in each row; None where the kernels do not take them or a group is not contiguous."""
+    """Matrices with a group in each row; None if a group is not contiguous or the kernels do not support them."""
     groups = all_groups(term, *(x.detach() for x in beside))
     x = groups.views[0]
     dims = groups.grouping.dims(x.ndim)
@@ -111,5 +111,5 @@ def _rows(term: Term, *beside: Tensor) -> GroupChunk | None:
 
 
 def _column(x: Tensor, value: float | Tensor) -> Tensor:
-    """An element for each row of `x`."""
+    """`value` as a column with one element for each row of `x`."""
     return torch.zeros_like(x[:, :1]) + value

@@ -1,4 +1,4 @@
-"""The decoupled step."""
+"""The step of mode "decoupled"."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..distributed.shards import local
 from ..functional import magnitudes, soft_threshold
 from . import foreach
 from .batches import JointBatch, TensorBatch
@@ -40,8 +41,22 @@ def decay_(batch: TensorBatch, step: Scalar) -> None:
             foreach.soft_threshold_(batch.tensors, step * linear)
         return
     for terms in batch.each:
-        for some, take in chunked_terms([term for term in terms if not term.inactive]):
+        terms = [term for term in terms if not term.inactive]
+        if _pull_to_center_(terms, step):
+            continue
+        for some, take in chunked_terms(terms):
             some[0].tensor.copy_(decayed(some, take(step)))
+
+
+def _pull_to_center_(terms: list[Term], step: Scalar) -> bool:
+    """`decayed` of a single L2 around a center, in place; returns False, and does nothing, for other terms."""
+    if len(terms) != 1 or isinstance(step, Tensor) or not terms[0].uniform_offset:
+        return False
+    term = terms[0]
+    if term.center is None or term.center.dtype != term.tensor.dtype or term.linear or not term.quadratic:
+        return False
+    local(term.tensor).lerp_(local(term.center), 1 - _shrink_factor(step, term.lam * term.quadratic))
+    return True
 
 
 def decay_where_inward_(batch: TensorBatch, step: Scalar, updates: Sequence[Combination]) -> None:
@@ -50,7 +65,7 @@ def decay_where_inward_(batch: TensorBatch, step: Scalar, updates: Sequence[Comb
     Args:
         batch: the tensors.
         step: the step size; see `decay_`.
-        updates: for each tensor a combination with the sign of its update `u`, where the update is `w -= u`.
+        updates: for each tensor, a combination with the sign of its update `u`, in `w -= u`.
     """
     if isinstance(batch, JointBatch):
         totals = [_combined([factor for factor, _ in update], [x for _, x in update]) for update in updates]
@@ -60,14 +75,14 @@ def decay_where_inward_(batch: TensorBatch, step: Scalar, updates: Sequence[Comb
         return
     if batch.has_fused_prox and is_scalar(step) and len({len(update) for update in updates}) == 1:
         linear, quadratic = batch.coefficients
-        factors = [factor for factor, _ in updates[0]]  # those of all tensors of a param_group in the same state
+        factors = [factor for factor, _ in updates[0]]  # the same for all tensors of a param_group in the same state
         columns = [[update[i][1] for update in updates] for i in range(len(factors))]
         for ws, *parts in zip_chunks(batch.tensors, *columns):
             w = joined(ws)
             inward = _combined(factors, [joined(part) for part in parts]).mul_(w.sign()).sign_().add_(1).clamp_max_(1)
             v = w * _shrink_factor(step, quadratic) if quadratic else w
             v = soft_threshold(v, step * linear) if linear else v
-            # At 0 and 1, lerp is w and v to the last bit; where() takes ten times as long on a random mask.
+            # At 0 and 1, lerp returns exactly w and v; where() takes ten times as long on a random mask.
             x = w.lerp_(v, inward.to(w.dtype))
             if len(ws) > 1:
                 torch._foreach_copy_(ws, split_like(x, ws))
@@ -80,11 +95,11 @@ def decay_where_inward_(batch: TensorBatch, step: Scalar, updates: Sequence[Comb
 
 @on_local_shards
 def decayed(terms: list[Term], step: Scalar, factors: Sequence[Scalar] = (), *tensors: Tensor) -> Tensor:
-    """`w - step * (subgradient of the terms)`, in which no element (group) crosses zero: it stops there.
+    """`w - step * (subgradient of the terms)`, but an element (group) that would cross zero stops there.
 
-    With several terms, or a step for each element, each element stops by itself.
+    With several terms, or a step for each element, each element stops separately.
 
-    If `factors` and `tensors` of an update are given, elements whose update points away from the center stay.
+    If `factors` and `tensors` of an update are given, elements whose update points away from the center do not change.
     """
     w = terms[0].tensor
     outward = None
@@ -103,7 +118,7 @@ def decayed(terms: list[Term], step: Scalar, factors: Sequence[Scalar] = (), *te
     v = w - step * sum(grads)
     if any(term.center is not None for term in terms):
         return v
-    crossed = (v.sgn() * w.sgn().conj()).real < 0  # of v * w itself, tiny numbers would lose the sign
+    crossed = (v.sgn() * w.sgn().conj()).real < 0  # v * w would underflow for tiny numbers
     return v.masked_fill(crossed, 0)
 
 
@@ -124,5 +139,5 @@ def _combined(factors: Sequence[Scalar], tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _inward(update: Tensor, offset: Tensor) -> Tensor:
-    """Whether `update * offset >= 0`, by the sign of the offset, since the product of tiny numbers would be 0."""
+    """Whether `update * offset >= 0`. It uses the sign of the offset, because tiny products would underflow to 0."""
     return (update * offset.sgn().conj()).real >= 0

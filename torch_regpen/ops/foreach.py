@@ -1,7 +1,7 @@
-"""One operation over many tensors at once, in pieces that fit the cache, with no copy of them all.
+"""Fused operations on lists of tensors, in cache-sized chunks, without a copy of all tensors.
 
-`packs` says which tensors go together: large ones alone, in chunks, and small ones in packs. All else here takes the
-tensors of one pack. Nothing reads a value back from the device.
+Each function takes the tensors of one pack (see `chunks.batch_indices`): a large tensor, which is processed in chunks,
+or several small ones. Nothing synchronizes with the device.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ __all__ = [
 ]
 
 
-ROW = 1 << 9  # elements that a norm in float32 may sum one after the other
+ROW = 1 << 9  # the number of elements that a float32 norm sums directly without losing accuracy
 
 
 def total(ws: Sequence[Tensor], linear: float, quadratic: float) -> Tensor:
-    """`sum (linear*|w| + quadratic*w^2)` over all elements, 0-dim, accumulated in float32 at least."""
+    """`sum (linear*|w| + quadratic*w^2)` over all elements, 0-dim, accumulated in float32 or float64."""
     values = []
     buffer = None
     for (some,) in zip_chunks(ws, times=2):
@@ -57,7 +57,7 @@ def total(ws: Sequence[Tensor], linear: float, quadratic: float) -> Tensor:
 
 
 def gradients(ws: Sequence[Tensor], linear: Tensor | None, quadratic: Tensor | None) -> list[Tensor]:
-    """`linear * sign(w) + 2 * quadratic * w` in new tensors and no others; the factors 0-dim or None, not both None."""
+    """`linear * sign(w) + 2 * quadratic * w`, without temporaries. A factor is 0-dim or None, but not both are None."""
     if linear is None:
         return list(torch._foreach_mul(ws, 2 * quadratic))  # type: ignore[operator, call-overload]
     signs = list(torch._foreach_sign(list(ws)))
@@ -80,7 +80,7 @@ def add_(grads: Sequence[Tensor], ws: Sequence[Tensor], linear: float, quadratic
 
 
 def add_with_total_(grads: Sequence[Tensor], ws: Sequence[Tensor], linear: float, quadratic: float) -> Tensor:
-    """`add_`, and `total` of the same from one pass."""
+    """`add_` and `total` in one pass; returns the total."""
     values = []
     if linear or not quadratic:
         for some_ws, some_grads, signs in _with_signs(ws, grads):
@@ -99,7 +99,7 @@ def mul_(ws: Sequence[Tensor], factor: Scalar) -> None:
     if torch.compiler.is_compiling():
         factor = _variable(factor, ws[0])
     elif not isinstance(factor, Tensor) and ws[0].device.type == "cpu":
-        # A number would be rounded to the dtype of half-precision weights, and take twice as long on small tensors.
+        # A Python number would be rounded to half precision with such weights, and is slower on small tensors.
         factor = torch.tensor(factor, dtype=torch.float64, device="cpu")
     torch._foreach_mul_(local_shards(ws), factor)
 
@@ -115,9 +115,9 @@ def soft_threshold_(ws: Sequence[Tensor], t: Scalar) -> None:
 
 
 def threshold_latent_(ws: Sequence[Tensor], gaps: Sequence[Tensor], ts: Tensor) -> None:
-    """With `z = w + gap`: `w = sign(z) * max(|z| - t, 0)` and `gap = z - w`, an element of `ts` for each tensor."""
+    """With `z = w + gap`: `w = sign(z) * max(|z| - t, 0)` and `gap = z - w`; `ts` has one `t` for each tensor."""
     ws, gaps = local_shards(ws), local_shards(gaps)
-    t = spread_scalars(ts, ws)
+    (t,) = spread_scalars(ws, ts)
     for some_ws, some_gaps in zip_chunks(ws, gaps):
         _threshold_latent_(some_ws, some_gaps, t)
 
@@ -134,16 +134,16 @@ def threshold_latent_each_(
 ) -> None:
     """`sum += min(numerator / (sqrt(moment) + eps), max_change / lam)`, then `threshold_latent_` with `t = sum * lam`.
 
-    Where the moment is 0, gap and sum are 0 in the end.
+    If the moment of an element is 0, its gap and sum are set to 0.
 
     Args:
         ws: the tensors.
-        gaps: of their shapes.
-        sums: of their shapes.
-        moments: of their shapes.
-        numerators: an element for each tensor, or 0-dim.
-        eps: likewise, not 0 where the numerator is.
-        max_change: the most that one step adds to a threshold.
+        gaps: tensors of the same shapes.
+        sums: tensors of the same shapes.
+        moments: tensors of the same shapes.
+        numerators: one number for each tensor, or 0-dim.
+        eps: likewise; not 0 if the numerator is 0.
+        max_change: the largest amount that one step adds to a threshold.
         lam: more than 0.
     """
     ws, gaps, sums, moments = (local_shards(xs) for xs in (ws, gaps, sums, moments))
@@ -151,11 +151,11 @@ def threshold_latent_each_(
     most, buffer = max_change / factor, None
     for run in half_chunks(ws):
         some = ws[run]
-        numerator, e = (spread_scalars(x[run], some) if x.ndim else x for x in (numerators, eps))
+        numerator, e = spread_scalars(some, *(x[run] if x.ndim else x for x in (numerators, eps)))
         for piece in zip_chunks(some, gaps[run], sums[run], moments[run]):
             some_ws, some_gaps, some_sums, some_moments = piece
             s, moment = joined(some_sums), joined_wide(some_moments)
-            buffer = buffer_like(moment, buffer)  # the only temporary: fresh memory costs more than a square root
+            buffer = buffer_like(moment, buffer)  # the only temporary, since new memory costs more than a square root
             size = torch.sqrt(moment, out=buffer).add_(e).clamp_min_(quotient(numerator, most))
             s.addcdiv_(numerator, size)
             _threshold_latent_(some_ws, some_gaps, torch.mul(s, factor, out=size))
@@ -173,15 +173,15 @@ def soft_threshold_each_(
 
     Args:
         ws: the tensors.
-        moments: of their shapes.
-        numerators: an element for each tensor, or 0-dim.
-        eps: likewise, not 0 where the numerator is.
+        moments: tensors of the same shapes.
+        numerators: one number for each tensor, or 0-dim.
+        eps: likewise; not 0 if the numerator is 0.
         max_change: the largest threshold.
     """
     ws, buffer = local_shards(ws), None
     for run in half_chunks(ws):
         some = ws[run]
-        numerator, e = (spread_scalars(x[run], some) if x.ndim else x for x in (numerators, eps))
+        numerator, e = spread_scalars(some, *(x[run] if x.ndim else x for x in (numerators, eps)))
         for some_ws, some_moments in zip_chunks(some, moments[run]):
             moment = joined_wide(some_moments)
             buffer = buffer_like(moment, buffer)
@@ -192,9 +192,9 @@ def soft_threshold_each_(
 def _with_signs(
     ws: Sequence[Tensor], grads: Sequence[Tensor]
 ) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
-    """`corresponding`, and the signs of the first, in memory that the next piece uses again."""
+    """`zip_chunks`, with the signs of each piece of `ws`, in memory that the next piece reuses."""
     buffer = None
-    for some_ws, some_grads in zip_chunks(ws, grads, times=2):  # one buffer is all that is written beside them
+    for some_ws, some_grads in zip_chunks(ws, grads, times=2):  # the only temporary is one buffer
         if len(some_ws) > 1 or torch.compiler.is_compiling():
             yield some_ws, some_grads, list(torch._foreach_sign(some_ws))
             continue
@@ -212,12 +212,12 @@ def _add_(xs: list[Tensor], ys: list[Tensor], alpha: float) -> None:
 
 
 def _variable(x: Scalar, like: Tensor) -> Tensor:
-    """A number as torch.compile can take it as one that may change; an argument it would compile in, each anew."""
+    """A number as a tensor, which may change; torch.compile would compile again for each value of a number."""
     return x * like.new_ones((), dtype=working_dtype(like.dtype))
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:
-    """By norms of rows that are short enough for float32: no temporary."""
+    """The sum of squares, from norms of rows that are short enough for float32, without a temporary."""
     rows = x.numel() // ROW
     if not rows or not x.is_contiguous():
         return x.square().sum()
@@ -234,21 +234,21 @@ def summed(values: list[Tensor]) -> Tensor:
 
 
 def _shrinks_in_place(ws: Sequence[Tensor], t: Scalar) -> bool:
-    """Whether softshrink, which writes no temporary, is right and best.
+    """Whether to use softshrink, which needs no temporary.
 
-    In half precision it rounds the threshold, compiled it turns NaN into 0; on CUDA small tensors need fewer launches.
+    In half precision it rounds the threshold; compiled, it turns NaN into 0; on CUDA, it needs a launch per tensor.
     """
     exact = ws[0].dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
     return exact and not isinstance(t, Tensor) and (len(ws) == 1 or not ws[0].is_cuda)
 
 
 def _soft_threshold_(some: list[Tensor], t: Scalar) -> None:
-    """`soft_threshold_` of one piece; thresholds for each element are used up."""
+    """`soft_threshold_` for one piece; a tensor of thresholds for each element is overwritten."""
     w = joined(some)
     x = w.to(working_dtype(w.dtype))
     if torch.compiler.is_compiling():
         t = _variable(t, x)
-    if isinstance(t, Tensor):  # clamp would take a tensor for -t, and read a single element for each of x
+    if isinstance(t, Tensor):  # clamp needs a tensor for -t too, and is slow with a 0-dim one
         clamped = torch.minimum(x, t).clamp_min_(t.neg_() if t.ndim else -t)
     else:
         clamped = torch.clamp(x, -t, t)
@@ -259,7 +259,7 @@ def _soft_threshold_(some: list[Tensor], t: Scalar) -> None:
 
 
 def _threshold_latent_(ws: list[Tensor], gaps: list[Tensor], t: Tensor) -> None:
-    """`threshold_latent_` of one piece; thresholds for each element are overwritten."""
+    """`threshold_latent_` for one piece; a tensor of thresholds for each element is overwritten."""
     in_place = len(ws) == 1 and ws[0].dtype == gaps[0].dtype and not torch.compiler.is_compiling()
     z = ws[0].add_(gaps[0]) if in_place else joined_wide(ws) + joined_wide(gaps)
     gap = torch.minimum(z, t, out=gaps[0] if in_place else None).clamp_min_(t.neg_() if t.ndim else -t)
@@ -267,6 +267,6 @@ def _threshold_latent_(ws: list[Tensor], gaps: list[Tensor], t: Tensor) -> None:
         z.sub_(gap)
         return
     torch._foreach_copy_(ws, split_like(z - gap, ws))
-    if ws[0].dtype != gap.dtype:  # what rounding takes from the weights is not lost
+    if ws[0].dtype != gap.dtype:  # the gap includes the rounding error of the weights
         torch.sub(z, joined(ws), out=gap)
     torch._foreach_copy_(gaps, split_like(gap, gaps))

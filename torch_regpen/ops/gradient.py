@@ -20,13 +20,13 @@ def check_grad(terms: list[Term]) -> None:
             raise ValueError(f"{name} has no gradient that an optimizer can use; use mode='proximal' or 'dual'")
         if term.penalty.positive:
             raise ValueError(
-                f"{name}(positive=True) keeps weights non-negative by its prox, and has no gradient that could do so; "
-                "use mode='proximal' or 'dual'"
+                f"{name}(positive=True) keeps weights non-negative with its prox, which a gradient cannot do; use "
+                "mode='proximal' or 'dual'"
             )
 
 
 def add_grad_(batch: TensorBatch, *, ascend: bool = False) -> None:
-    """`grad += (sub)gradient` for each tensor; with `ascend=True`, for `maximize=True`, `grad -= (sub)gradient`."""
+    """`grad += (sub)gradient` for each tensor; `grad -= (sub)gradient` if `ascend` (the optimizer maximizes)."""
     if batch.inactive:
         return
     sign = -1 if ascend else 1

@@ -1,4 +1,4 @@
-"""A term over groups in views of whole groups: all of a tensor, or chunks that fit the cache."""
+"""Views of whole groups for a term over groups: of the whole tensor, or of chunks that fit the cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["GroupChunk", "all_groups", "group_chunks", "has_group_views", "is_gr
 
 
 def is_group_lasso(terms: list[Term], *beside: Tensor) -> bool:
-    """Whether they are a single group lasso in full precision, of which the tensor and those beside it are views."""
+    """Whether the terms are one group lasso in full precision for which `has_group_views` holds."""
     if not has_group_views(terms, *beside):
         return False
     w = terms[0].tensor
@@ -30,14 +30,14 @@ def is_group_lasso(terms: list[Term], *beside: Tensor) -> bool:
 
 @dataclass(slots=True, eq=False)
 class GroupChunk:
-    """Whole groups of one tensor with one term, and the same part of tensors beside it, in views.
+    """Views of some whole groups of a tensor with one term, and of the same part of other tensors.
 
     Attributes:
-        views: of the tensor, and of those beside it.
+        views: views of the tensor and of the other tensors.
         grouping: the groups of the views.
-        lam: lambda with the factors of the term, a number or one for each group.
-        size: the number of elements of a group.
-        count: how often a group counts: `size`, or once.
+        lam: lambda times the factors of the term: a number, or one for each group.
+        size: the number of elements in a group.
+        count: the weight of a group: `size`, or 1.
     """
 
     views: list[Tensor]
@@ -48,12 +48,12 @@ class GroupChunk:
 
     @property
     def radius(self) -> Any:
-        """What multiplies the norm of a group in the penalty: `lam * sqrt(count)`."""
+        """The factor on the norm of a group in the penalty: `lam * sqrt(count)`."""
         return self.lam * math.sqrt(self.count)
 
 
 def all_groups(term: Term, *beside: Tensor) -> GroupChunk:
-    """A term over groups as one chunk; `has_group_views` holds."""
+    """A term over groups as one chunk. `has_group_views` must hold."""
     grouping: Any = term.grouping
     views = [grouping.view(x) for x in (term.tensor, *beside)]
     shape, dims, lam = views[0].shape, grouping.dims(views[0].ndim), term.scaled_lam
@@ -65,7 +65,7 @@ def all_groups(term: Term, *beside: Tensor) -> GroupChunk:
 
 
 def group_chunks(term: Term, *beside: Tensor) -> Iterator[GroupChunk]:
-    """A term over groups in chunks that fit the cache; `has_group_views` holds."""
+    """A term over groups in chunks that fit the cache. `has_group_views` must hold."""
     whole = all_groups(term, *beside)
     x, lam = whole.views[0], whole.lam
     dims = whole.grouping.dims(x.ndim)
@@ -85,7 +85,7 @@ def group_chunks(term: Term, *beside: Tensor) -> Iterator[GroupChunk]:
 
 
 def has_group_views(terms: list[Term], *beside: Tensor) -> bool:
-    """Whether they are a single term over groups, of which the tensor and those beside it are views."""
+    """Whether the terms are one term over groups, and its groups are views of its tensor and of the other tensors."""
     if not scales_in_place(terms):
         return False
     grouping: Any = terms[0].grouping
@@ -93,7 +93,7 @@ def has_group_views(terms: list[Term], *beside: Tensor) -> bool:
 
 
 def scales_in_place(terms: list[Term]) -> bool:
-    """Whether their prox with a scalar step is `scale_`: of a single term over groups, of which a tensor is a view."""
+    """Whether `scale_` can apply their prox with a scalar step: one term, whose groups are views of its tensor."""
     if len(terms) != 1 or torch.compiler.is_compiling():
         return False
     w, grouping = terms[0].tensor, terms[0].grouping

@@ -1,8 +1,8 @@
-"""Pure functions of tensors that torch.compile makes into one pass over memory each; see `compiled`.
+"""Functions of tensors that torch.compile turns into one pass over memory each; see `compiled`.
 
-They take what an operation reads and writes, without penalties and groupings, so that one compilation serves all models
-and all lambdas. Elementwise ones take tensors of one dimension. Those on groups take matrices with a group in each row,
-and columns with an element for each group.
+Their arguments are plain tensors, not penalties or groupings, so one compilation serves all models and all lambdas.
+Elementwise functions take 1-d tensors. Functions on groups take matrices with a group in each row, and columns with one
+element for each group.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from ..groups.grouping import working_dtype
 
 
 def total(w: Tensor, linear: Tensor, quadratic: Tensor | None) -> Tensor:
-    """`sum (linear*|w| + quadratic*w^2)`, accumulated in float64 on a CPU, where float32 would lose digits."""
+    """`sum (linear*|w| + quadratic*w^2)`, accumulated in float64 on a CPU, because float32 would lose digits."""
     x = _wide(w)
     terms = linear * x.abs() if quadratic is None else linear * x.abs() + quadratic * x.square()
     return terms.sum(dtype=torch.float64 if w.device.type == "cpu" else x.dtype).to(x.dtype)
 
 
 def gradient(w: Tensor, linear: Tensor, quadratic: Tensor | None) -> Tensor:
-    """`linear * sign(w) + quadratic * w`. Without the second term, None: 0 times infinity would be NaN."""
+    """`linear * sign(w) + quadratic * w`. `quadratic` is None, not 0, because 0 times infinity is NaN."""
     return linear * w.sign() if quadratic is None else linear * w.sign() + quadratic * w
 
 
@@ -56,7 +56,7 @@ def threshold_latent_each_(
 ) -> None:
     """`sums += min(numerator / (sqrt(moment) + eps), most)`, then `threshold_latent_` with `t = sums * lam`.
 
-    Where the moment is 0, gap and sum are 0 in the end.
+    If the moment of an element is 0, its gap and sum are set to 0.
     """
     s = sums + torch.minimum(_quotient(moment, numerator, eps), most)
     new, new_gap = _thresholded(w, gap, s * lam)
@@ -70,7 +70,7 @@ def _thresholded(w: Tensor, gap: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     z = _wide(w) + gap
     change = torch.clamp(z, -t, t)
     new = (z - change).to(w.dtype)
-    return new, change if w.dtype == gap.dtype else z - new  # what rounding takes from the weights is not lost
+    return new, change if w.dtype == gap.dtype else z - new  # the gap includes rounding errors
 
 
 def norm(x: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def scale_latent_(w: Tensor, gap: Tensor, factors: Tensor) -> None:
 
 
 def weighted(x: Tensor, r: Tensor, moment: Tensor | None, eps: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The norm of each row of `x`, and `sum r * x^2`. With a moment, `r / (sqrt(moment) + eps)` is in place of `r`."""
+    """The norm of each row of `x`, and `sum r * x^2`. With a moment, `r / (sqrt(moment) + eps)` replaces `r`."""
     r, squares = _radii(r, moment, eps), x.square()
     return squares.sum(1, keepdim=True).sqrt(), (squares * r).sum(1, keepdim=True)
 
@@ -142,9 +142,9 @@ def add_steps_(
 
 
 def shrink_latent_(w: Tensor, r: Tensor, sums: Tensor, moment: Tensor, theta: Tensor, max_change: Tensor) -> None:
-    """`w *= theta / (theta + r)`, and `r` becomes the gap, which is what this subtracts.
+    """`w *= theta / (theta + r)`, and `r` becomes the gap, the amount subtracted from `w`.
 
-    Where the moment is 0, `w` changes by at most `max_change`, and gap and sum are 0 in the end.
+    If the moment of an element is 0, it changes by at most `max_change`, and its gap and sum are set to 0.
     """
     change, seen = w - w * (theta / (theta + r)), moment > 0
     w.copy_(w - torch.where(seen, change, torch.clamp(change, -max_change, max_change)))

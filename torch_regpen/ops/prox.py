@@ -1,7 +1,7 @@
 """The proximal map of all terms of one tensor together, in place and for batches of tensors.
 
-It is known in closed form for any single kind, and for sums of L1, L2 and elastic nets over elements and over groups of
-one grouping; `closed_forms.check_prox` raises where it is not.
+It is known in closed form for a single penalty of any kind, and for sums of L1, L2 and elastic nets over elements and
+over groups of one grouping; `closed_forms.check_prox` raises for other terms.
 """
 
 from __future__ import annotations
@@ -67,19 +67,19 @@ def prox_(batch: TensorBatch, steps: Sequence[Step]) -> None:
 
 
 def _prox_along_rays_(terms: list[Term], step: Step) -> bool:
-    """Apply the proximal map of a single term over groups in place; returns False where it would need a copy."""
+    """Apply the proximal map of a single term over groups in place; returns False if it would need a copy."""
     if step.max_change is not None or not is_scalar(step.size) or not scales_in_place(terms):
         return False
     (term,) = terms
     w = term.tensor
-    rows = [dim for dim in separable_dims(terms) if dim == 0]  # across rows, a norm is read in the order of memory
+    rows = [dim for dim in separable_dims(terms) if dim == 0]  # norms across rows are read in memory order
     for take in slicers(w, rows, times=8):
         scale_(term, take(w), step.size * take(term.scaled_lam))
     return True
 
 
 def _shrink_groups_(terms: list[Term], step: Step) -> bool:
-    """Apply the prox of a group lasso with a step for each element in place; returns False where it does not apply."""
+    """Apply the prox of a group lasso with a step for each element in place; returns False if it does not apply."""
     elements = step.elements
     if elements is None or not step.by_element or not is_group_lasso(terms, elements):
         return False
@@ -99,15 +99,15 @@ def _shrink_groups_(terms: list[Term], step: Step) -> bool:
 
 
 def scale_(term: Term, w: Tensor, t: float | Tensor) -> None:
-    """The proximal map of a term over groups, in place of `w`."""
+    """Apply the proximal map of a term over groups to `w`, in place."""
     grouping: Any = term.grouping
     grouping.scale_(w, partial(term.penalty.rho_prox, t=t))
 
 
 def zero_lengths_(batch: TensorBatch) -> None:
-    """Where the directions of a weight under weight_norm have become zero, make the length zero in their place.
+    """If a direction of a weight under weight_norm has become zero, set its length to zero instead.
 
-    The weight is `length * direction / ||direction||`, which is 0/0 at a direction of zero. A short one is left.
+    The weight is `length * direction / ||direction||`, which is 0/0 for a zero direction, so it gets a tiny value.
     """
     for terms in batch.normalized:
         direction, length = terms[0].tensor, terms[0].length
@@ -122,9 +122,9 @@ def prox(terms: list[Term], step: float | Tensor, max_change: float | Tensor | N
     """`argmin_v 1/2 sum_i (v_i - w_i)^2 / step_i + (the terms at v)`: the proximal map of all terms of one tensor.
 
     Args:
-        terms: all on one tensor; `check_prox` has passed.
+        terms: all terms of one tensor; `check_prox` must have accepted them.
         step: a number, or a tensor of steps that is 0-dim or of the shape of the parameter.
-        max_change: no element shrinks by more than this, nor the norm of a group by more than this times `sqrt(size)`.
+        max_change: the most by which an element changes; a group changes by at most this times `sqrt(size)`, in norm.
     """
     w = terms[0].tensor
     if len(terms) == 1 and terms[0].penalty.coefficients is None:
@@ -159,9 +159,9 @@ def prox(terms: list[Term], step: float | Tensor, max_change: float | Tensor | N
 
 
 def clip_change(old: Tensor, new: Tensor, max_change: float | Tensor | None, grouping: Any) -> Tensor:
-    """`new`, moved back towards `old` where it changed too much.
+    """`new`, moved back towards `old` if it changed too much.
 
-    That is where an element changed by more than `max_change`, or a group by more than `max_change * sqrt(size)`.
+    An element may change by `max_change`, and a group by `max_change * sqrt(size)` in norm.
     """
     if max_change is None:
         return new
@@ -171,7 +171,7 @@ def clip_change(old: Tensor, new: Tensor, max_change: float | Tensor | None, gro
     if isinstance(grouping, NormGrouping) and not grouping.scale:
         max_change = max_change * math.sqrt(grouping.size(old.shape))
     u, rebuild = grouping.polar(new - old)
-    # What did not move too far is `new` itself: where the norm of a difference of 1e-23 is 0, it would stay `old`.
+    # Within the limit, return `new` itself: the norm of a tiny difference rounds to 0, which would return `old`.
     return torch.where(grouping.spread(u <= max_change, new), new, old + rebuild(u.clamp_max(max_change)))
 
 
@@ -188,7 +188,7 @@ def _prox_quadratic(terms: list[Term], v: Tensor, step: float | Tensor) -> tuple
 
 
 def _prox_grouped(terms: list[Any], v: Tensor, step: float | Tensor) -> Tensor:
-    """Block soft threshold: closed form for one step, a root search for each group where steps differ by coordinate."""
+    """Block soft threshold: in closed form for a scalar step, by a root search if steps differ by coordinate."""
     grouping = terms[0].grouping
     lam = sum(term.scaled_lam * term.linear for term in terms)
     if isinstance(step, Tensor) and step.ndim > 0:

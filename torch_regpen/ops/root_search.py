@@ -1,7 +1,7 @@
-"""The block soft threshold where each element of a group has a step of its own.
+"""The block soft threshold if each element of a group has its own step.
 
 The minimiser `v` of `1/2 sum_i (v_i - x_i)^2 / r_i + ||v||` is `v_i = x_i * theta / (theta + r_i)`, where `theta =
-||v||` solves `f(theta) = sum_i (x_i / (theta + r_i))^2 = 1`, and `v = 0` where `f(0) <= 1`.
+||v||` solves `f(theta) = sum_i (x_i / (theta + r_i))^2 = 1`, and `v = 0` if `f(0) <= 1`.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ from ..groups.norms import NormGrouping
 
 __all__ = ["GroupSums", "root", "shrink_factors"]
 
-NEWTON_STEPS = 16  # 13 were the most that any of 800,000 groups, made to be hard, needed
+NEWTON_STEPS = 16  # 800,000 groups that were made to be hard needed at most 13
 
 
 class GroupSums(Protocol):
-    """The sums over the elements of each group that the root search needs; each is a pass over `x` and `r`."""
+    """The sums over each group that the root search needs. Each method is one pass over `x` and `r`."""
 
     def weighted(self) -> tuple[Tensor, Tensor]:
         """`||x||` and `sum_i r_i x_i^2`."""
 
     def at_zero(self) -> tuple[Tensor, Tensor]:
-        """`f(0)`, with the smallest normal number in place of `r_i = 0`, and `max_i (|x_i| - r_i)`."""
+        """`f(0)`, with the smallest normal number instead of `r_i = 0`, and `max_i (|x_i| - r_i)`."""
 
     def powers(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """`f(theta)` and `sum_i x_i^2 / (theta + r_i)^3`."""
 
 
 def root(sums: GroupSums, grouping: NormGrouping) -> Tensor:
-    """`theta` of each group; 0 where the group becomes zero.
+    """`theta` of each group; 0 if the group becomes zero.
 
     `1/sqrt(f)` is concave (a power mean of lines), so Newton's method for it climbs to the root from any start below
     it. With the means weighted by `x_i^2`, `||x||` is the power mean of order -2 of `theta + r_i`, so it is at most
-    their arithmetic mean. Hence the first-order solution `||x|| - sum_i r_i x_i^2 / ||x||^2` is such a start, and a
-    group where it is positive is not zero.
+    their arithmetic mean. Hence the first-order solution `||x|| - sum_i r_i x_i^2 / ||x||^2` is such a start, and if
+    it is positive, the group does not become zero.
     """
     norm, weighted = sums.weighted()
     theta = norm - weighted / norm / norm
     real, dead = torch.finfo(norm.dtype), None
-    smallest = real.tiny ** (1 / 3)  # of a norm whose cube does not lose digits
-    # Far from zero no quotient overflows. Elsewhere each `|x_i| - r_i` is a start too, from which none exceeds 1.
+    smallest = real.tiny ** (1 / 3)  # the smallest norm whose cube does not underflow
+    # Far from zero no quotient overflows. Otherwise max `|x_i| - r_i` is also a start; from it no quotient exceeds 1.
     if not grouping.all_known(theta.sub(norm, alpha=0.01) > smallest):
         at_zero, largest = sums.at_zero()
         dead = at_zero <= 1
@@ -56,7 +56,7 @@ def root(sums: GroupSums, grouping: NormGrouping) -> Tensor:
         if dead is not None:
             change = change.masked_fill(dead, 0)
         theta = theta + change
-        if grouping.all_known(change.abs() <= accuracy * theta):  # the next change would be rounding
+        if grouping.all_known(change.abs() <= accuracy * theta):  # the next change would be below rounding
             break
     return theta
 
@@ -100,7 +100,7 @@ def shrink_factors(
 
     Args:
         x: a view of a tensor in which groups lie along whole dimensions.
-        r: of its shape, 0 or more.
+        r: a tensor of the same shape, 0 or more.
         grouping: the groups of the view.
         buffers: memory of the shape of `x` for temporaries, or None for new memory. The result is in the first.
     """

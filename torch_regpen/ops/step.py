@@ -1,4 +1,4 @@
-"""The step size of an optimizer, as the proximal map takes it."""
+"""The step size of an optimizer, for the proximal map."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Step:
     """The step that an optimizer takes for a unit gradient: `numerator`, or `numerator / (sqrt(moment) + eps)`.
 
     Attributes:
-        numerator: a number, a 0-dim tensor, or a tensor of the parameter's shape; beside a moment a tensor.
+        numerator: a number, a 0-dim tensor, or a tensor of the parameter's shape; with a moment, a tensor.
         max_change: the largest change of an element in one step, for optimizers that normalize their steps; else None.
-        no_gradient_yet: for each element whether it has had no gradient yet, where the optimizer keeps that.
-        moment: the second moment, of the parameter's shape; its root is taken only when `size` is read.
-        eps: beside a moment: 0-dim or of the parameter's shape, not 0.
+        no_gradient_yet: whether each element has had no gradient yet, if the optimizer's state says so; else None.
+        moment: the second moment, of the parameter's shape; its root is computed only when `size` is read.
+        eps: with a moment: 0-dim or of the parameter's shape, not 0.
     """
 
     numerator: float | Tensor
@@ -46,7 +46,7 @@ class Step:
         return torch.sqrt(moment.to(working_dtype(moment.dtype)), out=out)
 
     def size_into(self, out: Tensor | None) -> Tensor:
-        """`size` of a step that differs by element, in the memory `out`, or in new memory."""
+        """`size` of a step that differs by element, in the memory of `out`, or in new memory if it is None."""
         if self.moment is None:
             return torch.add(self.numerator, 0, out=out)
         root = self._root(out).add_(self.eps)  # type: ignore[arg-type]
@@ -54,17 +54,17 @@ class Step:
 
     @property
     def elements(self) -> Tensor | None:
-        """What differs by element: the moment, or the step itself; None for a scalar."""
+        """The part that differs by element: the moment, or the step itself; None for a number."""
         return self.numerator if self.moment is None and isinstance(self.numerator, Tensor) else self.moment
 
     @property
     def by_element(self) -> bool:
-        """Whether each element has a step of its own."""
+        """Whether each element has its own step."""
         return self.elements is not None and self.elements.ndim > 0
 
     @property
     def unseen(self) -> Tensor | None:
-        """For each element whether it has had no gradient yet; None where that is not known."""
+        """Whether each element has had no gradient yet; None if that is not known."""
         return self.no_gradient_yet if self.moment is None else self.moment == 0
 
     def scaled(self, elements: Tensor, factor: float | Tensor) -> Step:
@@ -74,7 +74,7 @@ class Step:
         return replace(self, numerator=self.numerator * factor, moment=elements)
 
     def sliced(self, take: Slicer) -> Step:
-        """The step of the slice of the parameter that `take` takes."""
+        """The step for the slice of the parameter that `take` returns."""
         if self.moment is not None:
             return replace(self, numerator=take(self.numerator), moment=take(self.moment), eps=take(self.eps))
         return replace(self, numerator=take(self.numerator), no_gradient_yet=take(self.no_gradient_yet))
@@ -83,7 +83,7 @@ class Step:
 def adaptive(steps: Sequence[Step]) -> tuple[list[Tensor], Tensor, Tensor, float | Tensor] | None:
     """The moments, the numerators and the eps of steps that all have a moment, and their `max_change`; else None.
 
-    A numerator or eps that all have in common is 0-dim; else there is an element for each step.
+    Numerators or eps are 0-dim if all steps share one tensor; else there is one element for each step.
     """
     moments = [step.moment for step in steps if step.moment is not None]
     if len(moments) < len(steps):
@@ -97,7 +97,7 @@ def _stacked(xs: list[Tensor]) -> Tensor:
 
 
 def quotient(numerator: Tensor, most: float | Tensor) -> Tensor:
-    """`numerator / most`, and 0 for 0/0, as where the learning rate is 0. NaN stays visible in the numerator itself."""
+    """`numerator / most`, and 0 for 0/0 (if lr is 0). It hides NaN, which callers still see in the numerator."""
     return (numerator / most).nan_to_num(0, math.inf)
 
 
@@ -107,5 +107,5 @@ def is_scalar(x: float | Tensor) -> bool:
 
 
 def same_number(a: float | Tensor, b: float | Tensor) -> bool:
-    """Whether two are equal; of two tensors, whether they are one, since comparing values waits for the device."""
+    """Whether two numbers are equal, or two tensors identical; comparing values would synchronize with the device."""
     return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)

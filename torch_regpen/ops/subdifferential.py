@@ -26,7 +26,7 @@ def distance(terms: list[Term], grad: Tensor) -> Tensor:
         grad: the gradient of the loss without the penalty.
 
     Raises:
-        ValueError: groups overlap, so that there is no closed form.
+        ValueError: groups overlap; there is no closed form then.
     """
     part = ShardedTerms(terms)
     terms = part.terms
@@ -35,7 +35,7 @@ def distance(terms: list[Term], grad: Tensor) -> Tensor:
         grad = grad.to_dense()
     wide = torch.promote_types(w.dtype, working_dtype(w.dtype))
     residual = -part.take(grad).to(wide)
-    slack: Tensor | float = 0.0  # for each element that is 0, the slope at 0: half the width of the subdifferential
+    slack: Tensor | float = 0.0  # for elements that are 0: the slope at 0, half the width of the subdifferential
     slope: Tensor | float = 0.0  # the slope at 0 of the penalties on groups
     for term in terms:
         residual = residual - term.grad(w.to(wide))

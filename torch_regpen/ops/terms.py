@@ -182,13 +182,17 @@ class Term:
 
     @property
     def uniform(self) -> bool:
-        """Whether the term treats all elements of a real tensor alike: several tensors can be one flat tensor."""
+        """Whether the term treats all elements of a real tensor alike, so that tensors can be joined into one."""
+        return self.center is None and self.uniform_offset
+
+    @property
+    def uniform_offset(self) -> bool:
+        """Whether the term treats all elements of `tensor - center` alike, for a real tensor."""
         return (
             self.penalty.separable
             and not self.grouped
             and self.weights is None
             and self.multiplier is None
-            and self.center is None
             and not self.tensor.is_complex()
         )
 
@@ -214,12 +218,13 @@ class Term:
 
     def grad(self, w: Tensor) -> Tensor:
         """The (sub)gradient of the term at `w`; differentiable."""
-        if self.elementwise:
+        x = self.offset(w)
+        if self.penalty.coefficients is not None and self.uniform_offset:
             if not self.linear:
-                return w * (2 * self.lam * self.quadratic)
-            sign = w.sign() * (self.lam * self.linear)
-            return sign + w * (2 * self.lam * self.quadratic) if self.quadratic else sign
-        return self.penalty.omega_grad(self.offset(w), self.grouping, self.scaled_lam)
+                return x * (2 * self.lam * self.quadratic)
+            sign = x.sign() * (self.lam * self.linear)
+            return sign + x * (2 * self.lam * self.quadratic) if self.quadratic else sign
+        return self.penalty.omega_grad(x, self.grouping, self.scaled_lam)
 
 
 def by_tensor(terms: Iterable[Term]) -> list[list[Term]]:

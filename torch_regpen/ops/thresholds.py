@@ -1,7 +1,7 @@
-"""The least factor on lambda at which a proximal map makes an element (group) zero, for all of them at once.
+"""The smallest factor on lambda at which a proximal map makes an element (group) zero, for all of them at once.
 
-Every proximal map of the library zeroes an element (group) from some lambda on. With these lambdas known, a wanted
-fraction of zeros is a quantile.
+Every proximal map of this library makes an element (group) zero if lambda is large enough. The lambda for a wanted
+fraction of zeros is a quantile of these smallest lambdas.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ __all__ = ["makes_zeros", "sampled", "stride_for", "zero_factors"]
 
 Steps = float | Tensor
 
-# The table of a kind's thresholds: its magnitudes, the factors of 2 that they span, and the grid search of each.
+# The table of the thresholds of a penalty has ROWS magnitudes, which span OCTAVES factors of 2. Each is found by a grid
+# search.
 ROWS, OCTAVES = 256, 18
-LARGEST, CANDIDATES, ROUNDS = 125.0, 16, 6  # log2 of the thresholds that float32 can hold; 16^6 of them
+LARGEST, CANDIDATES, ROUNDS = 125.0, 16, 6  # log2 of the largest threshold in float32; 16^6 candidates
 NEWTON_STEPS = 8
 
 
@@ -36,10 +37,10 @@ def makes_zeros(term: Term) -> bool:
 
 
 def stride_for(work: Iterable[list[Term]], elements: int, groups: int) -> int:
-    """The stride at which `sampled` takes about so many elements, or groups, of all tensors together, or all.
+    """The stride at which `sampled` takes about this number of elements, or groups, from all tensors together.
 
-    For elements it shares no factor with the inner dimensions, if one within a factor of 2 does not: a sample is then
-    of all columns and places in a filter.
+    For elements, the stride has no common factor with the sizes of the inner dimensions, if there is such a number
+    within a factor of 2. A sample then covers all columns and all positions in a filter.
     """
     work = [terms for terms in work if any(map(makes_zeros, terms))]
     counts = [_count(terms) for terms in work]
@@ -55,13 +56,13 @@ def stride_for(work: Iterable[list[Term]], elements: int, groups: int) -> int:
 
 
 def _in_memory(w: Tensor) -> tuple[list[int], list[int]]:
-    """The dimensions in the order in which they lie in memory, and the sizes of all but the first of them."""
+    """The dimensions in memory order, and the sizes of all but the first of them."""
     order = sorted(range(w.ndim), key=w.stride, reverse=True)
     return order, [w.shape[dim] for dim in order[1:]]
 
 
 def _count(terms: list[Term]) -> int | None:
-    """How many elements (groups) their tensor has; None where they cannot be sampled."""
+    """The number of elements (groups) of their tensor; None if they cannot be sampled."""
     w = terms[0].tensor
     if not _grouped(terms):
         return w.numel()
@@ -79,13 +80,13 @@ def _cut_along(terms: list[Term]) -> int | None:
 
 
 def sampled(terms: list[Term], stride: int, start: int) -> Slicer:
-    """What takes every `stride`-th element (group) of the tensor of the terms, and the same of a tensor beside it.
+    """A function that takes every `stride`-th element (group) of the tensor of the terms, or of a tensor like it.
 
-    A sharded tensor is gathered.
+    It gathers a sharded tensor.
     """
     w = terms[0].tensor
     if not _grouped(terms):
-        order, _ = _in_memory(w)  # all that follows is a view
+        order, _ = _in_memory(w)  # the operations on it are views
         return partial(_take_elements, order, w.shape, stride, start % stride)
     dim = _cut_along(terms)
     return full_tensor if dim is None else partial(_take_groups, dim, w.shape[dim], stride, start % stride)
@@ -104,13 +105,13 @@ def _take_groups(dim: int, length: int, stride: int, start: int, x: Any) -> Any:
 
 
 def zero_factors(work: Iterable[tuple[list[Term], Steps | None]]) -> Tensor:
-    """The factor on lambda from which on the proximal map zeroes an element (group), for each of all tensors, flat.
+    """The smallest factor on lambda at which the proximal map zeroes each element (group), for all tensors in one.
 
-    It is 0 for what is zero already, and infinite for what no lambda makes zero.
+    It is 0 for an element that is already zero, and infinite for one that no lambda makes zero.
 
     Args:
-        work: the terms of a tensor, and what multiplies lambda in its proximal map: a number, a tensor that is 0-dim
-            or of the tensor's shape, or None where there is no proximal map.
+        work: the terms of each tensor, and the step that multiplies lambda in its proximal map: a number, a tensor that
+            is 0-dim or of the tensor's shape, or None if there is no proximal map.
     """
     alike: dict[Any, tuple[TermPenalty | None, list[Tensor], list[Steps]]] = {}
     for terms, step in work:
@@ -131,7 +132,7 @@ def zero_factors(work: Iterable[tuple[list[Term], Steps | None]]) -> Tensor:
 def _magnitudes(terms: list[Term], step: Steps) -> tuple[TermPenalty | None, Tensor, Steps]:
     """The magnitudes `u` of one tensor, up to sign, and a multiplier `m` of lambda: zero where `threshold(u) <= m`.
 
-    The threshold is that of the kind; where that is None, it is `u`.
+    The penalty defines the threshold; if it is None, the threshold is `u`.
     """
     term = terms[0]
     x = term.offset(term.tensor)
@@ -147,7 +148,7 @@ def _magnitudes(terms: list[Term], step: Steps) -> tuple[TermPenalty | None, Ten
     grouping: Any = next(some.grouping for some in terms if some.grouped)
     if not elements and (not isinstance(step, Tensor) or step.ndim == 0):
         return None, grouping.polar(x)[0], step * sum(groups)
-    # In units of the gradient that would bring each element to zero, the step is 1.
+    # Divide each element by its step: in these units all steps are 1.
     slopes = _quotient(x.to(working_dtype(x.dtype)), step)
     if not elements:
         return None, grouping.polar(slopes)[0], sum(groups)
@@ -157,7 +158,7 @@ def _magnitudes(terms: list[Term], step: Steps) -> tuple[TermPenalty | None, Ten
 def _root(slopes: Tensor, elements: Steps, groups: Steps, grouping: Any) -> Tensor:
     """The root `f` of `rms(max(slopes - f*elements, 0)) = f*groups`, for each group.
 
-    The difference is convex and falls, so that Newton's method climbs to the root from 0.
+    The left side minus the right is convex and decreasing, so Newton's method climbs to the root from 0.
     """
     u, _ = grouping.polar(slopes)
     f = torch.zeros_like(u)
@@ -178,7 +179,7 @@ def _quotient(u: Tensor, m: Steps) -> Tensor:
 
 
 def _thresholds(penalty: TermPenalty, u: Tensor) -> Tensor:
-    """The least `t` at which `rho_prox(u, t)` is 0, by a table of it along `u` that is interpolated on log scales."""
+    """The smallest `t` at which `rho_prox(u, t)` is 0, interpolated on log scales in a table over `u`."""
     largest = u.max() if u.numel() else u.new_ones(())
     largest = torch.where(largest.isfinite() & (largest > 0), largest, 1)
     spacing = OCTAVES / (ROWS - 1)

@@ -24,9 +24,9 @@ __all__ = ["check_differentiated", "mean_omega", "sum_values", "total_value"]
 
 
 def check_differentiated(work: Iterable[TensorBatch]) -> None:
-    """Raise `RuntimeError` if torch.func differentiates with respect to none of the penalized tensors.
+    """Raise `RuntimeError` if torch.func differentiates, but not with respect to the penalized tensors.
 
-    The penalty would be a constant then, and its gradient would be missing without notice.
+    The penalty would then be a constant, and its gradient would be silently missing.
     """
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return
@@ -68,7 +68,7 @@ def sum_values(sums: list[Tensor], work: list[TensorBatch]) -> Tensor:
 
 @torch.no_grad()
 def mean_omega(terms: list[Term]) -> Tensor:
-    """`Omega(w) / n` of terms of one penalty on one tensor (or units) of `n` elements, 0-dim, over all ranks."""
+    """`Omega(w) / n` of one penalty on a tensor (or units) of `n` elements, over all ranks; 0-dim."""
     terms = gathered(terms)
 
     def total(of: list[Term]) -> Tensor:
@@ -161,7 +161,7 @@ class _EagerValue(_Value):
 
 
 class _FastValue(_EagerValue):
-    """`_EagerValue` outside torch.func, without `setup_context`, for which torch inspects a signature at each call."""
+    """`_EagerValue` outside torch.func, without `setup_context`, which makes torch inspect a signature per call."""
 
     setup_context = staticmethod(torch.autograd.Function.setup_context)
 

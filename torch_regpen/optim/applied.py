@@ -15,7 +15,7 @@ from ..ops.chunks import Slicer
 from ..ops.terms import Term, gathered, sliced
 from ..penalties.base import Penalty
 from ..penalties.units import layers_before_norms
-from ..utils import warn
+from ..utils import first_names, warn
 from .decay_rate import Decay
 from .modes import MODES, Mode, Proximal
 from .step_size import Metric, differs_by_coordinate, sets_its_own_step, unsupported_reason
@@ -70,7 +70,7 @@ class AppliedPenalty:
         return isinstance(self.mode, Proximal)
 
     def batches(self) -> list[TensorBatch]:
-        """The penalized parameters in batches; all parameters of a batch are in the same param_group.
+        """The penalized parameters in batches. The parameters of a batch share a param_group, except in a `JointBatch`.
 
         Raises:
             ValueError: the optimizer does not own all of them.
@@ -85,7 +85,7 @@ class AppliedPenalty:
         )
         if foreign:
             raise ValueError(
-                f"the {type(self._optimizer).__name__} does not own these penalized parameters: {', '.join(foreign)}. "
+                f"{type(self._optimizer).__name__} does not own these penalized parameters: {first_names(foreign)}. "
                 "Pass penalty.restricted_to(optimizer), which is the same penalty on the parameters that it owns"
             )
         self._known, self._batches = known, batches(terms, owners, compiled=self._compile)
@@ -94,7 +94,7 @@ class AppliedPenalty:
     def before_prox(
         self, sample: Callable[[list[Term]], Slicer], frozen: bool
     ) -> Iterator[tuple[list[Term], float | Tensor | None]]:
-        """See `RegularizedOptimizer.before_prox`; nothing in a mode without a proximal map."""
+        """See `RegularizedOptimizer.before_prox`. A mode without a proximal map yields nothing."""
         if not isinstance(self.mode, Proximal):
             return
         every = self.batches()
@@ -118,9 +118,8 @@ class AppliedPenalty:
         ]
         if decaying:
             warn(
-                f"{', '.join(decaying)}: shrunk by an L2 penalty and also by the weight_decay of "
-                f"{type(self._optimizer).__name__} (AdamW's default is 0.01); both are L2. "
-                "Set weight_decay=0 if this is not intended"
+                f"an L2 penalty and the weight_decay of {type(self._optimizer).__name__} (AdamW's default is 0.01) "
+                f"both shrink {first_names(decaying)}. Set weight_decay=0 if this is not intended"
             )
         return bool(decaying)
 
@@ -145,12 +144,10 @@ class AppliedPenalty:
         before = {layer for root in {ref.ancestors[0] for ref, _ in places} for layer in layers_before_norms(root)}
         names = dict.fromkeys(repr(name) for ref, name in places if ref.owner in before)
         if names:
-            first, *others = names
             warn(
-                f"{first}{f' and {len(others)} others' * bool(others)} seem to feed a BatchNorm, which divides by the "
-                "scale of each filter. A filter that becomes zero has a very large gradient there and returns as a "
-                "huge weight. Use groups=Coupled(model, example_inputs, scale=False), which takes a filter and its "
-                "scale in the norm together"
+                f"a BatchNorm or InstanceNorm seems to follow {first_names(names)}. It divides by the scale of each "
+                "filter, so a zero filter has a very large gradient and returns as a huge weight. Use "
+                "groups=Coupled(model, example_inputs, scale=False), which groups a filter with its scale in the norm"
             )
 
     def _warn_about_adaptive_l2(self, metric: Metric) -> None:
@@ -161,7 +158,7 @@ class AppliedPenalty:
             if squares and len(squares) < len(terms):
                 warn(
                     f"L2 in mode={self.name!r} has the effect of L2 in the loss under {name}. The weight decay of "
-                    "AdamW is much weaker at the same lambda; to get it, give the L2 a mode of its own: "
+                    "AdamW is much weaker at the same lambda; to get it, give the L2 its own mode: "
                     "[(L2(model, lam), 'decoupled'), ...]"
                 )
 
@@ -171,9 +168,9 @@ class Active:
     """The parameters that have a gradient in a step.
 
     Attributes:
-        batches: all of them.
-        shrinking: the modes that are not turned off by `freeze_zeros`, each with its parameters.
-        frozen: those whose zeros are held.
+        batches: all batches.
+        shrinking: the modes that `freeze_zeros` has not turned off, each with its parameters.
+        frozen: the batches whose zeros are held.
     """
 
     batches: list[TensorBatch] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""How mode "decoupled" decays: the factor on lambda (`rate`), and which elements it shrinks (`cautious`)."""
+"""The options of mode "decoupled": the factor on lambda (`rate`), and which elements shrink (`cautious`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Decay", "Rate", "kept_initial_lrs"]
 Rate = str | Callable[[Optimizer, dict[str, Any]], float | Tensor]
 
 RATES = ("lr", "schedule", "corrected")
-INITIAL = "decay_initial_lr"  # key in a param_group for its lr at construction, used if no scheduler wrote initial_lr
+INITIAL = "decay_initial_lr"  # param_group key for the lr at construction, used if no scheduler wrote initial_lr
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Decay:
         if "decoupled" not in modes and self != Decay():
             option = "cautious=True" if self.rate == "lr" else f"rate={self.rate!r}"
             raise ValueError(
-                f"{option} is an option of mode 'decoupled', and the modes given are {', '.join(map(repr, modes))}; "
-                "leave it out, or use mode='decoupled' or a pair (penalty, 'decoupled')"
+                f"{option} is an option of mode 'decoupled', but the modes are {', '.join(map(repr, modes))}; leave it "
+                "out, or use mode='decoupled' or a pair (penalty, 'decoupled')"
             )
 
     def record_initial_lrs(self, optimizer: Optimizer) -> None:
-        """Record the lr of each param_group that has no "initial_lr" of a scheduler, if the rate needs it."""
+        """If the rate needs it, record the lr of each param_group without an "initial_lr" from a scheduler."""
         if self.rate in ("schedule", "corrected"):
             for group in optimizer.param_groups:
                 if group.get("lr") is not None:
@@ -59,7 +59,7 @@ class Decay:
 
         Raises:
             TypeError: the callable returned neither a number nor a tensor.
-            ValueError: it returned a negative or infinite number or a tensor with dimensions; the initial lr is 0.
+            ValueError: it returned a negative or infinite number, or a tensor that is not 0-dim; the initial lr is 0.
         """
         if callable(self.rate):
             return _checked(self.rate(optimizer, group))
@@ -89,12 +89,12 @@ def kept_initial_lrs(optimizer: Optimizer) -> Iterator[None]:
 
 
 def _initial_lr(group: dict[str, Any]) -> float | Tensor:
-    """What a scheduler wrote as "initial_lr", else the recorded lr; in a param_group added later, the lr now."""
+    """The "initial_lr" that a scheduler wrote, else the recorded lr, else (in a param_group added later) the lr."""
     if "initial_lr" in group:
         return group["initial_lr"]  # type: ignore[no-any-return]
     if INITIAL not in group:
         lr = group["lr"]
-        group[INITIAL] = lr.clone() if isinstance(lr, Tensor) else lr  # schedulers write into a tensor
+        group[INITIAL] = lr.clone() if isinstance(lr, Tensor) else lr  # schedulers change a tensor in place
     return group[INITIAL]  # type: ignore[no-any-return]
 
 

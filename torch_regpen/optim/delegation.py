@@ -12,7 +12,7 @@ __all__ = ["WrappingOptimizer"]
 
 
 class WrappingOptimizer(Optimizer):
-    """Shares `param_groups`, `state` and `defaults` with the wrapped optimizer. Step hooks are its own.
+    """Shares `param_groups`, `state` and `defaults` with the wrapped optimizer, but has its own step hooks.
 
     Args:
         optimizer: the optimizer to wrap.
@@ -60,7 +60,7 @@ class WrappingOptimizer(Optimizer):
         return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Hooks are not copied, as in torch.optim; nor is the `step` that a scheduler has bound to this object.
+        # As in torch.optim, hooks are not copied, nor is the `step` that a scheduler has bound to this object.
         bound = ("step", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
         return {name: value for name, value in self.__dict__.items() if name not in bound}
 

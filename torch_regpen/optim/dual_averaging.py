@@ -1,7 +1,7 @@
-"""The dual mode: regularized dual averaging (RDA, Xiao 2010). The gap is what the penalty took from a weight.
+"""The dual mode: regularized dual averaging (RDA, Xiao 2010). The gap is the amount the penalty took from a weight.
 
-`latent = w + d`, `S += s`, `w = prox(latent, S*lam)`, `d = latent - w` after each update of the visible weights `w`.
-The gap `d` and the sum of the steps `S` lie in the optimizer's state of the parameter, in float32 at least.
+After each update of the visible weights `w`: `latent = w + d`, `S += s`, `w = prox(latent, S*lam)`, `d = latent - w`.
+The gap `d` and the sum of the steps `S` are in the optimizer's state for the parameter, in float32 or float64.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -37,50 +38,50 @@ State = dict[str, Any]
 
 
 def make_gaps(parameters: Sequence[Tensor], states: Sequence[State], steps: Sequence[Step]) -> None:
-    """Put a gap of 0 and no steps into the state of each parameter, where there are none that fit."""
+    """Add a gap of 0 and a step sum of 0 to each state that lacks them; cast or move those that it has."""
     dtype, device = None, None
     for parameter, state, step in zip(parameters, states, steps, strict=True):
-        if parameter.dtype is not dtype or parameter.device != device:  # once for tensors that are alike
+        if parameter.dtype is not dtype or parameter.device != device:  # once for tensors of the same kind
             dtype, device = parameter.dtype, parameter.device
             real = working_dtype(dtype)
             wide = torch.promote_types(dtype, real)
         if GAP not in state:
             state[GAP] = torch.zeros_like(parameter, dtype=wide)
             state[STEPS] = torch.zeros((), dtype=real, device=device)
-        gap, sums = state[GAP], state[STEPS]
-        if gap.dtype != wide or sums.dtype != real or gap.device != device or sums.device != device:
-            state[GAP], state[STEPS] = gap.to(device, wide), sums.to(device, real)  # of a model that was cast, or moved
-        if not sums.ndim and step.by_element:
+        gap = state[GAP]
+        if gap.dtype is not wide or gap.device != device:  # the model was cast or moved
+            state[GAP], state[STEPS] = gap.to(device, wide), state[STEPS].to(device, real)
+        if step.by_element:
             _spread_steps(parameter, state)
 
 
 def _spread_steps(parameter: Tensor, state: State) -> None:
-    """Let each element have a sum of its own."""
+    """Give each element its own sum."""
     if not state[STEPS].ndim:
         state[STEPS] = torch.zeros_like(parameter, dtype=working_dtype(parameter.dtype)) + state[STEPS]
 
 
 def reset(states: Sequence[State]) -> None:
-    """Begin the average anew at the visible weights."""
+    """Restart the average from the visible weights."""
     kept = [local(state[name]) for state in states for name in (GAP, STEPS) if name in state]
     if kept:
         torch._foreach_zero_(kept)
 
 
 def drop_others(states: Sequence[State], keep: bool) -> None:
-    """Drop from loaded states what does not go on: of earlier versions, and the gaps where the mode is another."""
+    """Drop the entries of earlier versions from loaded states and, unless `keep`, the gaps and the sums."""
     names = ("latent", "latent_steps") if keep else ("latent", "latent_steps", GAP, STEPS)
     dropped = {name for state in states for name in names if state.pop(name, None) is not None}
     if "latent" in dropped and keep:
         warnings.warn(
-            "the state is of an earlier version, which kept latent weights in place of gaps: they are dropped, and the "
-            "average of the dual mode begins anew at the weights as they are",
+            "the state comes from an earlier version, which stored latent weights instead of gaps; they are dropped, "
+            "and dual averaging restarts from the current weights",
             stacklevel=3,
         )
 
 
 def average_(batch: TensorBatch, states: Sequence[State], steps: Sequence[Step]) -> None:
-    """One step of the average, in place: of the weights, which the optimizer has moved, the gaps and the sums."""
+    """One step of the average, in place, after the optimizer's update: changes weights, gaps and sums."""
     if isinstance(batch, JointBatch):
         gathered, gathered_states, gathered_steps = matrix(batch, states, steps)
         average_(gathered, gathered_states, gathered_steps)
@@ -123,7 +124,7 @@ def average_(batch: TensorBatch, states: Sequence[State], steps: Sequence[Step])
 
 
 def _average_groups_(terms: list[Term], gap: Tensor, sums: Tensor, step: Step) -> bool:
-    """`average_` in place, for a single term over groups; returns False, and does nothing, where it does not apply."""
+    """`average_` in place for a single term over groups; if it does not apply, does nothing and returns False."""
     if not sums.ndim:
         return _scale_groups_(terms, gap, sums)
     fused = adaptive([step])
@@ -136,7 +137,7 @@ def _average_groups_(terms: list[Term], gap: Tensor, sums: Tensor, step: Step) -
         w, d, s, m = part.views
         buffers = [buffer_like(w, buffer) for buffer in buffers]
         # Each element adds min(numerator / (sqrt(m) + eps), max_change / slope) to its sum. The slope of the penalty is
-        # radius * |w| / norm, and lam in a group of zeros.
+        # radius * |w| / norm, or lam in a group of zeros.
         norm = part.grouping.norm(w)
         zero = norm == 0
         slopes = torch.mul(w, (most * part.radius / norm).masked_fill_(zero, 0), out=buffers[0]).abs_()
@@ -149,7 +150,7 @@ def _average_groups_(terms: list[Term], gap: Tensor, sums: Tensor, step: Step) -
         if part.grouping.all_known(m > 0):
             latent.sub_(d)
             continue
-        # An element without a gradient yet is shrunk by at most max_change, and keeps no gap and no sum.
+        # An element that has had no gradient yet shrinks by at most max_change; its gap and sum stay 0.
         seen = torch.sign(m, out=size)
         latent.sub_(torch.where(m > 0, d, d.clamp(-max_change, max_change)))  # type: ignore[arg-type]
         d.mul_(seen)
@@ -158,7 +159,7 @@ def _average_groups_(terms: list[Term], gap: Tensor, sums: Tensor, step: Step) -
 
 
 def _scale_groups_(terms: list[Term], gap: Tensor, sums: Tensor) -> bool:
-    """`_average_groups_` where the step is the same for all coordinates."""
+    """`_average_groups_` if the step is the same for all coordinates."""
     if not has_group_views(terms, gap) or terms[0].tensor.dtype != gap.dtype:
         return False
     for part in group_chunks(terms[0], gap):
@@ -171,7 +172,7 @@ def _scale_groups_(terms: list[Term], gap: Tensor, sums: Tensor) -> bool:
 
 
 def joined_states(batch: TensorBatch, states: Sequence[State]) -> list[State]:
-    """The gaps and the sums of several tensors as those of one flat tensor; of a single tensor as they are."""
+    """The gaps and sums of several tensors as those of one flat tensor; for a single tensor, unchanged."""
     if not is_packed(batch):
         return list(states)
     gaps, sums = ([state[name] for state in states] for name in (GAP, STEPS))
@@ -179,7 +180,8 @@ def joined_states(batch: TensorBatch, states: Sequence[State]) -> list[State]:
         return [{GAP: joined(gaps), STEPS: joined(sums)}]
     if any(s.ndim for s in sums):
         return [{GAP: joined(gaps), STEPS: joined([s.expand_as(w) for s, w in zip(sums, gaps, strict=True)])}]
-    return [{GAP: joined(gaps), STEPS: spread_scalars(torch.stack(sums), gaps)}]
+    (spread,) = spread_scalars(gaps, torch.stack(sums))
+    return [{GAP: joined(gaps), STEPS: spread}]
 
 
 def matrix(
@@ -191,13 +193,13 @@ def matrix(
         for w, state in zip(batch.tensors, states, strict=True):
             _spread_steps(w, state)
         sums = batch.joint.gather([state[STEPS] for state in states])
-    else:  # the tensors have been stepped together, so that their sums are the same
+    else:  # the tensors were stepped together, so their sums are equal
         sums = states[0][STEPS].clone()
     return batch.matrix(), [{GAP: batch.joint.gather([state[GAP] for state in states]), STEPS: sums}], [step]
 
 
 def _average_(terms: list[Term], gap: Tensor, sums: Tensor, step: Step) -> None:
-    """`average_` of a piece of a tensor, with the step in `sums` already."""
+    """`average_` for a piece of a tensor, after the step was added to `sums`."""
     w = terms[0].tensor
     latent = w + gap
     new = prox([replace(term, tensor=latent) for term in terms], sums)
@@ -219,32 +221,32 @@ def _limited(terms: list[Term], old: Tensor, new: Tensor, max_change: float | Te
 
 
 def counted(terms: list[Term], step: Step) -> float | Tensor:
-    """What a step adds to the sum: `s`, limited so that no weight shrinks by more than the step's `max_change`."""
+    """The amount that a step adds to the sum: `s`, limited so that no weight shrinks by more than `max_change`."""
     return step.size if step.max_change is None else _counted(terms, step.size, step.max_change)
 
 
 @on_local_shards
 def _counted(terms: list[Term], size: Tensor, max_change: float | Tensor) -> Tensor:
-    slope: Any = sum(_slope(term) for term in terms)
-    return torch.minimum(size, max_change / slope.clamp_min(torch.finfo(size.dtype).tiny))
+    slope = reduce(torch.add, map(_slope, terms)).clamp_min(torch.finfo(size.dtype).tiny)
+    return torch.minimum(size, max_change / slope)
 
 
 def _slope(term: Term) -> Tensor:
-    """By how much a unit step would shrink each element."""
+    """The amount by which a unit step would shrink each element."""
     x = term.offset(term.tensor)
     at_zero = term.elementwise_lam * x.new_ones((), dtype=working_dtype(x.dtype))
-    if term.penalty.coefficients is None:  # its slope is largest at zero, or has no bound
+    if term.penalty.coefficients is None:  # its slope is largest at zero, or unbounded
         return at_zero
     if not term.grouped:
         slope = term.linear * at_zero
         return slope + 2 * term.quadratic * at_zero * x.abs().to(at_zero.dtype) if term.quadratic else slope
-    grouping: Any = term.grouping  # no singular values: those are refused where steps differ by coordinate
+    grouping: Any = term.grouping  # not singular values: check_prox refuses them if steps differ by coordinate
     u, rebuild = grouping.polar(x)
     slope = rebuild(term.scaled_lam * term.penalty.rho_grad(u)).abs_()
     return torch.where(grouping.spread(u == 0, x), term.linear * at_zero, slope)
 
 
 def latent_terms(terms: list[Term], gap: Tensor) -> list[Term]:
-    """The terms, at the latent weights."""
+    """The terms at the latent weights."""
     latent = terms[0].tensor + gap
     return [replace(term, tensor=latent) for term in terms]

@@ -1,4 +1,4 @@
-"""Frozen zeros: keep weights that are exactly zero at zero, while the others are trained without the penalty."""
+"""Frozen zeros: hold exact zeros at zero while the other weights are trained without the penalty."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from ..groups import Elements
 from ..groups.grouping import largest
 from ..ops.batches import TensorBatch
 from ..ops.terms import Term
-from ..utils import warn
+from ..utils import first_names, warn
 from .dual_averaging import GAP, STEPS
 
 __all__ = ["FrozenZeros", "restore_own_state"]
 
-FROZEN = "zeros_frozen"  # key in a param_group, if its zeros are frozen
-SURVIVORS = "survivors"  # in the state of a parameter: a mask, False where the weight is held at zero
-STEPPED = "stepped"  # in the state of a zero parameter without other state: training made it zero
+FROZEN = "zeros_frozen"  # key in a param_group whose zeros are frozen
+SURVIVORS = "survivors"  # key in the state of a parameter: a mask, False for elements that are held at zero
+STEPPED = "stepped"  # key in the state of a zero parameter without other state: training made it zero
 OWN = (GAP, STEPS, SURVIVORS)  # the tensors that this package adds to the state of a parameter
+COUNTERS = ("step", "mu_product", "eta", "mu")  # 0-dim state of optimizers, not of an element of a 0-dim parameter
 
 
 class ByTensor(WeakTensorKeyDictionary):
-    """A dict with tensors as weak keys. A deep copy or a pickle has the copied tensors as keys."""
+    """A dict with tensors as weak keys. In a deep copy or a pickle, the keys are the copied tensors."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MutableMapping[Tensor, Any]:
         return _by_tensor(copy.deepcopy(self.__reduce__()[1][0], memo))
@@ -49,8 +50,8 @@ def _by_tensor(items: Iterable[tuple[Tensor, Any]] = ()) -> MutableMapping[Tenso
 class FrozenZeros:
     """Masks of the elements of penalized parameters that are held at zero (with a center, at their center).
 
-    The mask of a parameter is in the optimizer state of the parameter. Before the first step it is kept here instead:
-    many optimizers initialize the state of a parameter only if it is empty.
+    The mask of a parameter is in its optimizer state. Before the first step it is stored here instead, because many
+    optimizers initialize the state of a parameter only if it is empty.
 
     Args:
         optimizer: the wrapped optimizer.
@@ -61,7 +62,7 @@ class FrozenZeros:
         self._early = _by_tensor()
         self._stepped = _by_tensor()
         self._noted: list[list[Tensor]] = []
-        self._compiled = False  # whether a compiled step ran, which cannot note what it has stepped
+        self._compiled = False  # whether a compiled step ran; it cannot record the parameters it updated
 
     @property
     def on(self) -> bool:
@@ -69,7 +70,7 @@ class FrozenZeros:
         return any(FROZEN in group for group in self._optimizer.param_groups)
 
     def start(self, work: list[list[Term]]) -> None:
-        """Freeze the zeros of all terms of each tensor in `work`; warn about tensors that are zero everywhere."""
+        """Freeze the zeros of all terms of each tensor in `work`; warn about tensors that are entirely zero."""
         for terms in work:
             self.freeze(terms)
         for group in self._optimizer.param_groups:
@@ -77,14 +78,14 @@ class FrozenZeros:
         names = self._entirely_held(work)
         if names:
             warn(
-                f"all penalized weights of {', '.join(names)} are zero and stay zero, so nothing passes through them. "
-                "If that is not wanted, call unfreeze_zeros() and lower lambda or the target, or exclude them"
+                f"all penalized weights of {first_names(names)} are zero and stay zero, so nothing passes through "
+                "them. To avoid this, call unfreeze_zeros() and lower lambda or the target, or exclude these parameters"
             )
 
     def _entirely_held(self, work: list[list[Term]]) -> list[str]:
-        """The names of the parameters whose elements are all held; one synchronization with the device."""
+        """The names of the parameters whose elements are all held. It synchronizes with the device once."""
         parameters = [(name, w, self._survivors(w)) for terms in work for name, w in terms[0].named_parameters]
-        held = [(name, w, mask) for name, w, mask in parameters if mask is not None and not mask.is_meta]
+        held = [(name, w, mask) for name, w, mask in parameters if mask is not None and w.numel() and not mask.is_meta]
         alive = [max_over_ranks([(largest(local(mask)), w)]) for _, w, mask in held]
         flags = torch.stack([some.to(alive[0].device) for some in alive]).tolist() if alive else []
         return [repr(name) for (name, _, _), some in zip(held, flags, strict=True) if not some]
@@ -92,7 +93,7 @@ class FrozenZeros:
     def freeze(self, terms: list[Term]) -> None:
         """Hold the zeros of the parameters of some terms, and set their optimizer state to zero.
 
-        A parameter that is zero everywhere and was not updated yet is not held.
+        A parameter that is entirely zero and was not updated yet is not held.
 
         Args:
             terms: all terms of one tensor, or of groups that span several tensors.
@@ -102,7 +103,7 @@ class FrozenZeros:
                 local(survivors).logical_or_(max_over_ranks([(largest(local(survivors)), w)]) == 0)
             state = self._optimizer.state.get(w, {})
             for name, value in state.items():
-                if isinstance(value, Tensor) and value.shape == w.shape and name not in (*OWN, "step"):
+                if isinstance(value, Tensor) and value.shape == w.shape and name not in (*OWN, *COUNTERS):
                     local(value).masked_fill_(~local(survivors), 0)
             if state:
                 state[SURVIVORS] = survivors
@@ -128,7 +129,7 @@ class FrozenZeros:
                     local(w.grad).masked_fill_(~local(survivors), 0)
 
     def hold(self, active: list[TensorBatch]) -> None:
-        """Reset held elements that an update has changed nevertheless."""
+        """Reset held elements that an update has changed."""
         for terms in (terms for batch in active for terms in batch.each):
             center = _center(terms)
             for _, w in terms[0].named_parameters:
@@ -141,7 +142,7 @@ class FrozenZeros:
                     local(w).copy_(torch.where(local(survivors), local(w), local(center)))
 
     def note(self, active: list[TensorBatch]) -> None:
-        """Record which parameters were updated, and move the masks kept here to their optimizer state."""
+        """Record which parameters were updated, and move the masks stored here to their optimizer state."""
         if torch.compiler.is_compiling():
             self._compiled = True
             return
@@ -154,7 +155,7 @@ class FrozenZeros:
                     self._optimizer.state[w][SURVIVORS] = self._early.pop(w)
 
     def mark_stepped(self) -> None:
-        """Record in the optimizer state, for a checkpoint, which parameters training has made zero everywhere."""
+        """Record in the optimizer state, for a checkpoint, which parameters training has made entirely zero."""
         for w in (w for group in self._optimizer.param_groups for w in group["params"] if w in self._stepped):
             if not self._optimizer.state.get(w) and all_zero(w):
                 self._optimizer.state[w][STEPPED] = True
@@ -170,7 +171,7 @@ class FrozenZeros:
 
 
 def _survivors_of(terms: list[Term]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield each parameter of the terms with a mask of its elements that are not zero (not at their center)."""
+    """Yield each parameter of the terms with a mask of its nonzero elements (those not at their center)."""
     joint, length = terms[0].joint, terms[0].length
     if joint is not None:  # a zero bias in a nonzero unit is not held
         matrix = joint.gather(joint.parameters)
@@ -189,7 +190,7 @@ def _survivors_of(terms: list[Term]) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def all_zero(parameter: Tensor) -> bool:
-    """Whether a parameter is zero everywhere, on every rank. This synchronizes with the device."""
+    """Whether a parameter is entirely zero, on every rank. It synchronizes with the device."""
     return bool(max_over_ranks([(largest(local(parameter.detach()).abs()), parameter)]) == 0)
 
 
@@ -199,7 +200,7 @@ def _center(terms: list[Term]) -> Tensor | None:
 
 
 def restore_own_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Load gaps, sums of steps and masks in their own dtypes; torch.optim has cast them to that of the parameter."""
+    """Load gaps, sums of steps and masks in their own dtypes, since torch.optim casts them to the parameter's."""
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
     for key, tensor in zip(keys, tensors, strict=True):

@@ -18,7 +18,7 @@ def hooked(step: Callable[..., Any]) -> Callable[..., Any]:
     Global hooks are not called here, because the step of the wrapped optimizer calls them.
 
     Raises:
-        RuntimeError: a pre-hook returns something else than None or `(new_args, new_kwargs)` (when `step` is called).
+        RuntimeError: a pre-hook returns neither None nor `(new_args, new_kwargs)` (when `step` is called).
     """
 
     @wraps(step)
@@ -45,16 +45,16 @@ def updated(
 ) -> Any:
     """Call `optimizer.step(*args)`, `start()` before the update and `finish()` after it; return the result of the step.
 
-    `start` runs after all pre-hooks, so that it does not run where one of them raises. `finish` runs after the
-    post-hooks of the optimizer and before the global post-hooks, which see its effect. If a post-hook raises, `finish`
-    still runs.
+    `start` runs after all pre-hooks; it does not run if one of them raises. `finish` runs after the optimizer's own
+    post-hooks and before the global post-hooks, which see its effect. It runs even if a post-hook raises.
     """
     if torch.compiler.is_compiling() or not hasattr(optimizer, "_optimizer_step_post_hooks"):
         start()
         result = optimizer.step(*args)
         finish()
         return result
-    depth, started, moved, finished = 0, False, False, False  # an overriding step may call the base step, and its hooks
+    # A step may call the step of its base class, which calls hooks too.
+    depth, started, moved, finished = 0, False, False, False
 
     def enter(*_: Any) -> None:
         nonlocal depth, started
@@ -74,7 +74,7 @@ def updated(
             finished = True
             finish()
 
-    # A handle of register_step_post_hook would take longer than the rest of this function.
+    # register_step_post_hook would take longer than the rest of this function.
     before: Any = optimizer._optimizer_step_pre_hooks
     after: Any = optimizer._optimizer_step_post_hooks
     before[enter], after[leave], after[last] = enter, leave, last

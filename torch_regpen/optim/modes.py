@@ -1,4 +1,4 @@
-"""The modes: what a step does to the penalized parameters in addition to the wrapped optimizer's own update."""
+"""The modes: what a step does to the penalized parameters besides the wrapped optimizer's own update."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from ..ops.value import total_value
 from . import dual_averaging
 from .decay_rate import Decay
 from .next_update import next_updates
-from .step_size import Metric, differs_by_coordinate, has_small_steps, steps_of
+from .step_size import Metric, check_momentum, differs_by_coordinate, has_small_steps, steps_of
 
 __all__ = ["MODES", "Mode"]
 
 
 class Mode(ABC):
-    """One way to apply a penalty in a step; all methods get the parameters that have a gradient."""
+    """One way to apply a penalty in a step. Its methods receive the parameters that have a gradient."""
 
     wants_lr = True
 
@@ -44,10 +44,10 @@ class Mode(ABC):
         """Raise `ValueError` if the penalty on this parameter lacks what the mode needs."""
 
     def after_backward(self, active: list[TensorBatch]) -> None:  # noqa: B027  most have nothing to do
-        """Called before the update, each time that gradients have been computed."""
+        """Called before the update, each time after gradients were computed."""
 
     def before_update(self, active: list[TensorBatch]) -> None:  # noqa: B027
-        """Called once in a step, right before the optimizer updates the parameters."""
+        """Called once per step, right before the optimizer updates the parameters."""
 
     def added_to_loss(self, active: list[TensorBatch]) -> Tensor | float:
         """The value to add to the loss that a closure returned."""
@@ -64,7 +64,7 @@ class Coupled(Mode):
 
     def __init__(self, optimizer: Optimizer, metric: Metric, decay: Decay) -> None:
         super().__init__(optimizer, metric, decay)
-        self._added: list[tuple[list[Tensor], list[Tensor]]] = []  # tensors, and the gradients that were added to
+        self._added: list[tuple[list[Tensor], list[Tensor]]] = []  # tensors, and the gradients that were changed
 
     def check(self, batch: TensorBatch) -> None:
         check_grad(batch.terms)
@@ -86,8 +86,8 @@ class Coupled(Mode):
                     if w.grad is not None and w.grad.is_sparse
                 )
                 raise ValueError(
-                    f"the gradient of {name!r} is sparse, and the penalty's is not: use mode='decoupled' or "
-                    "mode='proximal', which act on all rows"
+                    f"the gradient of {name!r} is sparse, but the gradient of the penalty is not; use mode='decoupled' "
+                    "or mode='proximal', which act on all rows"
                 )
             self._added.append((batch.tensors, grads))
         with torch.no_grad():
@@ -102,8 +102,8 @@ class Coupled(Mode):
 
     def _overwrites(self) -> str:
         return (
-            f"{type(self.optimizer).__name__} puts other gradients in the place of .grad in its step, as those of "
-            "differential privacy do, and the penalty's is lost: use mode='decoupled' or mode='proximal'"
+            f"{type(self.optimizer).__name__} replaces .grad in its step, as optimizers for differential privacy do, "
+            "so the gradient of the penalty is lost; use mode='decoupled' or mode='proximal'"
         )
 
     def added_to_loss(self, active: list[TensorBatch]) -> Tensor | float:
@@ -119,16 +119,16 @@ class Decoupled(Mode):
     """`w -= rate * lam * subgradient`, stopping at zero, right before the update; the rate is `lr` by default.
 
     If a hook raises before the update, nothing is decayed. As in torch's AdamW, the decay is not undone if the update
-    itself raises: that would take a copy of the weights.
+    itself raises, since that would need a copy of the weights.
 
-    With `cautious`, the sign of the update comes from the state of the optimizer. If the state does not tell it, the
-    mode copies the weights, and decays after the update.
+    With `cautious`, the sign of the update comes from the state of the optimizer. If the state does not determine it,
+    the mode copies the weights and decays after the update.
     """
 
     def __init__(self, optimizer: Optimizer, metric: Metric, decay: Decay) -> None:
         super().__init__(optimizer, metric, decay)
         self.wants_lr = not callable(decay.rate)
-        self._waiting: list[tuple[TensorBatch, float | Tensor, list[Tensor]]] = []  # with their rates and old weights
+        self._waiting: list[tuple[TensorBatch, float | Tensor, list[Tensor]]] = []  # batch, rate, old weights
         decay.record_initial_lrs(optimizer)
 
     def check(self, batch: TensorBatch) -> None:
@@ -136,8 +136,8 @@ class Decoupled(Mode):
         for term in batch.terms:
             if not term.penalty.separable:
                 raise ValueError(
-                    f"{type(term.penalty).__name__} is no sum over elements or groups that could stop at zero; use it "
-                    "in the loss, or with mode='coupled'"
+                    f"{type(term.penalty).__name__} is not a sum over elements or groups, so none of them can stop at "
+                    "zero; use it in the loss, or with mode='coupled'"
                 )
 
     @torch.no_grad()
@@ -167,9 +167,9 @@ class Decoupled(Mode):
                 w.sub_(old).add_(new)
 
     def _rate_of(self, batch: TensorBatch, rates: dict[int, float | Tensor]) -> float | Tensor:
-        """The rate of the param_groups of a batch; `rates` collects them by param_group.
+        """The rate of a batch; `rates` caches the rates by the id of the param_group.
 
-        If the tensors of a joint batch have different rates, it is a tensor of the shape of their matrix.
+        If the tensors of a joint batch have different rates, the result is a tensor of the shape of their matrix.
         """
         owners = batch.owners if isinstance(batch, JointBatch) else [batch.group]
         for group in owners:
@@ -187,15 +187,17 @@ class Proximal(Mode):
     def check(self, batch: TensorBatch) -> None:
         if batch.group.get("line_search_fn"):
             raise ValueError(
-                f"the line search of {type(self.optimizer).__name__} descends the loss alone, and what it knows of the "
-                "curvature is wrong after a prox: use mode='coupled', which gives it loss + penalty"
+                f"the line search of {type(self.optimizer).__name__} sees only the loss, and its curvature estimate is "
+                "wrong after a prox; use mode='coupled', which gives it loss + penalty"
             )
+        for group in batch.owners if isinstance(batch, JointBatch) else [batch.group]:
+            check_momentum(self.optimizer, group, self.metric)
         per_coordinate = differs_by_coordinate(self.optimizer, self.metric)
         check_prox(batch.terms, per_coordinate)
         if per_coordinate and batch.tensors[0].is_complex():
             raise ValueError(
-                f"parameter {batch.terms[0].name!r} is complex, and {type(self.optimizer).__name__} takes other steps "
-                "for its real than for its imaginary part; use metric='euclidean'"
+                f"parameter {batch.terms[0].name!r} is complex, and {type(self.optimizer).__name__} takes different "
+                "steps for its real and imaginary parts; use metric='euclidean'"
             )
 
     def steps_of(self, batch: TensorBatch) -> list[Step]:
@@ -210,7 +212,7 @@ class Proximal(Mode):
         return steps
 
     def with_steps(self, active: list[TensorBatch]) -> Iterator[tuple[TensorBatch, list[Step]]]:
-        """Each batch with its steps; batches whose steps hold no tensor of the parameter's size share one call."""
+        """Yield each batch with its steps. If steps need little memory, several batches share one call."""
         if not has_small_steps(self.optimizer, self.metric):
             yield from ((batch, self.steps_of(batch)) for batch in active)
             return
@@ -227,11 +229,11 @@ class Proximal(Mode):
     def before_prox(
         self, active: list[TensorBatch], sample: Callable[[list[Term]], Slicer]
     ) -> Iterator[tuple[list[Term], float | Tensor]]:
-        """For each tensor the terms at what the prox after this update will see, and what will multiply lambda.
+        """Yield, for each tensor, the terms that the prox after this update will see and the factor on lambda.
 
         Args:
-            active: the tensors, which the update has moved.
-            sample: for the terms of a tensor, what takes a part of it and of each tensor beside it.
+            active: the tensors, which the optimizer has updated.
+            sample: see `RegularizedOptimizer.before_prox`.
         """
         for batch, steps in self.with_steps(active):
             flat, flat_steps = as_one_tensor(batch, steps)
@@ -252,12 +254,12 @@ class Proximal(Mode):
 
 
 class Dual(Proximal):
-    """Dual averaging: `w = prox(latent, S*lam)`; see `dual`."""
+    """Dual averaging: `w = prox(latent, S*lam)`; see `dual_averaging`."""
 
     def before_prox(
         self, active: list[TensorBatch], sample: Callable[[list[Term]], Slicer]
     ) -> Iterator[tuple[list[Term], float | Tensor]]:
-        """See `Proximal`: the terms are at the latent weights, and the sum of all steps multiplies lambda."""
+        """See `Proximal`. The terms are at the latent weights, and the factor is the sum of all steps."""
         for batch, steps in self.with_steps(active):
             states = self._states_of(batch, steps)
             if isinstance(batch, JointBatch):
@@ -280,14 +282,14 @@ class Dual(Proximal):
                 dual_averaging.average_(batch, states, steps)
 
     def _states_of(self, batch: TensorBatch, steps: list[Step]) -> list[dict[str, Any]]:
-        # At lambda 0, as before a ramp, there is a gap too: a distributed checkpoint is loaded into what is there.
+        # Create gaps even at lambda 0 (before a ramp): a distributed checkpoint loads only into existing state.
         states: list[dict[str, Any]] = [self.optimizer.state[w] for w in batch.tensors]
         dual_averaging.make_gaps(batch.tensors, states, steps)
         return states
 
 
 def _owner(batch: TensorBatch) -> tuple[Any, ...] | None:
-    """What the tensors of a batch have in common where their steps can be found together; else None."""
+    """A key, equal for batches whose steps can be computed in one call; None for a joint batch."""
     return None if isinstance(batch, JointBatch) else (id(batch.group), batch.tensors[0].dtype, batch.tensors[0].device)
 
 
@@ -300,5 +302,5 @@ def _steps_of_each(optimizer: Optimizer, batch: JointBatch, metric: Metric) -> l
     return [steps[id(w)] for w in batch.tensors]
 
 
-# In the order in which a step applies them.
+# In the order in which a step applies the modes.
 MODES: dict[str, type[Mode]] = {"coupled": Coupled, "decoupled": Decoupled, "proximal": Proximal, "dual": Dual}

@@ -1,4 +1,4 @@
-"""The direction of the update that an optimizer is about to make, as far as its state tells it."""
+"""The sign of the update that an optimizer is about to make, if its state determines it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["next_updates"]
 def next_updates(optimizer: Optimizer, batch: TensorBatch) -> list[Combination] | None:
     """For each tensor of a batch, a combination of tensors with the sign of its next update `u`, in `w -= u`.
 
-    None if the state does not tell the sign: for other optimizers than SGD, Adam and AdamW (exactly these classes,
-    since a subclass may have another step); with a weight_decay of the optimizer, which is a part of the update; for
-    complex parameters and sparse gradients.
+    None if the state does not determine the sign: for optimizers other than SGD, Adam and AdamW (a subclass may have a
+    different step); if the optimizer has a weight_decay, which is part of the update; for complex parameters and sparse
+    gradients.
     """
     rule = RULES.get(type(optimizer))
     groups = getattr(batch, "owners", None) or [batch.group] * len(batch.tensors)
@@ -36,7 +36,7 @@ def next_updates(optimizer: Optimizer, batch: TensorBatch) -> list[Combination] 
 
 def _sgd(sign: int, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Combination:
     momentum, buffer = group["momentum"], state.get("momentum_buffer")
-    if not momentum or buffer is None:  # in its first step, the buffer becomes the gradient
+    if not momentum or buffer is None:  # in the first step, the buffer becomes the gradient
         return [(sign, grad)]
     fresh, kept = 1 - group["dampening"], momentum
     if group["nesterov"]:
@@ -50,7 +50,7 @@ def _adam(sign: int, grad: Tensor, state: dict[str, Any], group: dict[str, Any])
 
 
 def _sign(lr: float | Tensor) -> float | Tensor:
-    """1, or 0 for an lr of 0, as at the start of a warmup, where the update is 0."""
+    """1, or 0 if lr is 0 (at the start of a warmup), because the update is then 0."""
     return lr.sign() if isinstance(lr, Tensor) else float(lr > 0)
 
 

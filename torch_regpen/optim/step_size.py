@@ -1,7 +1,7 @@
 """The metric of an optimizer: the step `s` that it takes, at rest, for a unit gradient.
 
-A gradient step `w - s*g` followed by `prox(w, s*lam)` stands still exactly where `-g` is a subgradient of `lam*Omega`.
-With momentum `s` is not `lr`, and with Adam it differs by coordinate (ProxGen: Yun, Lozano and Yang 2021).
+A gradient step `w - s*g` followed by `prox(w, s*lam)` has a fixed point exactly where `-g` is a subgradient of
+`lam*Omega`. With momentum `s` is not `lr`; with Adam it differs by coordinate (ProxGen: Yun, Lozano and Yang 2021).
 """
 
 from __future__ import annotations
@@ -19,17 +19,25 @@ from torch.optim import Optimizer
 from ..groups.grouping import largest, working_dtype
 from ..ops.step import Step
 
-__all__ = ["Metric", "differs_by_coordinate", "has_small_steps", "sets_its_own_step", "steps_of", "unsupported_reason"]
+__all__ = [
+    "Metric",
+    "check_momentum",
+    "differs_by_coordinate",
+    "has_small_steps",
+    "sets_its_own_step",
+    "steps_of",
+    "unsupported_reason",
+]
 
 Metric = str | Callable[[Optimizer, Tensor, dict[str, Any]], float | Tensor]
 
 
 def steps_of(optimizer: Optimizer, parameters: Sequence[Tensor], group: dict[str, Any], metric: Metric) -> list[Step]:
-    """The step that `optimizer`, which has just updated them, takes for a unit gradient of each of some parameters."""
+    """The step of `optimizer` for a unit gradient of each parameter, right after it has updated them."""
     if callable(metric):
         return [Step(metric(optimizer, parameter, group)) for parameter in parameters]
     rule = _rule(optimizer) if metric == "auto" else None
-    if rule is None or rule is _sgd:  # the same for all
+    if rule is None or rule is _sgd:  # the same step for all
         step = Step(group["lr"]) if rule is None else _sgd(parameters[0], {}, group)
         return [step] * len(parameters)
     states = [optimizer.state.get(parameter, {}) for parameter in parameters]
@@ -39,14 +47,14 @@ def steps_of(optimizer: Optimizer, parameters: Sequence[Tensor], group: dict[str
 
 
 def unsupported_reason(optimizer: Optimizer) -> str | None:
-    """Why the step of this kind of optimizer is not known; None where it is."""
+    """Why the step of this kind of optimizer is not known; None if it is known."""
     if _rule(optimizer) is not None:
         return None
     return next((why for kind, why in WITHOUT.items() if isinstance(optimizer, kind)), "takes an unknown step")
 
 
 def sets_its_own_step(optimizer: Optimizer) -> bool:
-    """Whether it is one of those that find their step size themselves, at lr=1: Prodigy, D-Adaptation."""
+    """Whether the optimizer finds its own step size, at lr=1, as Prodigy and D-Adaptation do."""
     return _rule(optimizer) is None and any("d" in group for group in optimizer.param_groups)
 
 
@@ -56,8 +64,14 @@ def differs_by_coordinate(optimizer: Optimizer, metric: Metric) -> bool:
 
 
 def has_small_steps(optimizer: Optimizer, metric: Metric) -> bool:
-    """Whether its steps are numbers beside what the optimizer keeps anyway, so that those of all parameters fit."""
+    """Whether a step needs little memory beyond the optimizer's own state, so that many can be held at once."""
     return metric == "auto" and _rule(optimizer) is _adam
+
+
+def check_momentum(optimizer: Optimizer, group: dict[str, Any], metric: Metric) -> None:
+    """Raise `ValueError` if the momentum of a param_group is 1 or more, so that its updates never come to rest."""
+    if metric == "auto" and _rule(optimizer) in (_sgd, _rmsprop):
+        _one_minus(group["momentum"])
 
 
 State = dict[str, Any]
@@ -67,11 +81,11 @@ Group = dict[str, Any]
 def _sgd(parameter: Tensor, state: State, group: Group) -> Step:
     if not group["momentum"]:
         return Step(group["lr"])
-    return Step(group["lr"] * (1 - group["dampening"]) / (1 - group["momentum"]))
+    return Step(group["lr"] * (1 - group["dampening"]) / _one_minus(group["momentum"]))
 
 
 def _asgd(parameter: Tensor, state: State, group: Group) -> Step:
-    # state["eta"] is that of the next step already
+    # state["eta"] already belongs to the next step
     lr, lambd = group["lr"], group["lambd"]
     return Step(lr / (1 + lambd * lr * (state["step"] - 1)) ** group["alpha"])
 
@@ -81,13 +95,13 @@ def _adam(parameter: Tensor, state: State, group: Group) -> Step:
 
 
 def _adam_steps(states: Sequence[State], group: Group) -> list[Step]:
-    """`lr / (sqrt(moment / (1 - beta^updates)) + eps)` of several parameters, with one bias correction for all.
+    """`lr / (sqrt(moment / (1 - beta^updates)) + eps)` for several parameters; their bias corrections in one pass.
 
-    Before the first update the numerator is 0 and eps is not quite 0, so that there is no 0/0.
+    Before the first update the numerator is 0, and eps is slightly above 0 to avoid 0/0.
     """
     name = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
     moments, beta = [state[name] for state in states], group["betas"][1]
-    # exp(n*log(beta)): inductor computes beta^n for each element anew, and this once.
+    # exp(n*log(beta)), because inductor would compute beta^n again for each element.
     log = beta.log() if isinstance(beta, Tensor) else math.log(beta or sys.float_info.min)
     updates = torch.stack([state["step"] for state in states]).to(working_dtype(moments[0].dtype))
     root = (1 - (log * updates).exp()).sqrt().to(moments[0].device, non_blocking=True)
@@ -112,7 +126,7 @@ def _radam(parameter: Tensor, state: State, group: Group) -> Step:
 
 
 def _adamax(parameter: Tensor, state: State, group: Group) -> Step:
-    size = state["exp_inf"].reciprocal().mul_(group["lr"])  # it holds eps where others hold 0
+    size = state["exp_inf"].reciprocal().mul_(group["lr"])  # exp_inf is at least eps, never 0
     return Step(size, _max_change(group), state["exp_inf"] <= group["eps"])
 
 
@@ -127,16 +141,16 @@ def _rmsprop(parameter: Tensor, state: State, group: Group) -> Step:
         return _normalised(v, group["lr"], group, momentum)
     variance = (v - state["grad_avg"].square()).clamp_min_(0)
     step = _normalised(variance, group["lr"], group, momentum)
-    # A gradient that has become constant has next to no variance: then it moves a coordinate by far more than lr.
+    # A gradient that has become constant has almost no variance, and moves a coordinate by far more than lr.
     grad: Any = parameter.grad
     moved: Tensor = step.size * grad
-    max_change = (10 * largest(moved.abs())).clamp_min(10 * group["lr"] / (1 - momentum))
+    max_change = (10 * largest(moved.abs())).clamp_min(10 * group["lr"] / _one_minus(momentum))
     return Step(step.size, max_change, v == 0)
 
 
 def _adadelta(parameter: Tensor, state: State, group: Group) -> Step:
     eps, v = group["eps"], state["square_avg"]
-    # the moment of the updates is that of the next step already; at rest the two are the same
+    # acc_delta already belongs to the next step; at a fixed point the two are equal
     size = ((state["acc_delta"] + eps) / (v + eps)).sqrt_().mul_(group["lr"])
     return Step(size, _max_change(group), v == 0)
 
@@ -157,7 +171,7 @@ def _adafactor(parameter: Any, state: State, group: Group) -> Step:
     clip = (rms / group["d"]).clamp_min(1).reciprocal()
     decay = 1 - group["lr"] * group["weight_decay"]
     lr = lr * _rms_before(parameter, u, rms, lr * clip, decay).clamp_min(least_scale)
-    # v has rank one: where it is far below the squared gradient, the optimizer moves an element by far more than lr.
+    # v has rank one. If it is far below the squared gradient, the optimizer moves an element by far more than lr.
     max_change = 10 * lr * (clip * largest(u.abs())).clamp_min(1)
     return Step(size.mul_(lr * clip), max_change, unseen)
 
@@ -170,8 +184,8 @@ def _rms(x: Tensor) -> Tensor:
 def _rms_before(w: Tensor, u: Tensor, rms: Tensor, factor: Tensor, decay: Any) -> Tensor:
     """The root mean square `r` of a parameter before an update that made it `w = decay * before - factor * r * u`.
 
-    It is the root of `|decay * r|^2 = mean((w + factor * r * u)^2)`. With that of `w` in its place, the prox would take
-    another step than the update, and the fixed point would not be the optimum.
+    It is the root of `|decay * r|^2 = mean((w + factor * r * u)^2)`. With the root mean square of `w` instead, the
+    prox and the update would take different steps, and the fixed point would not be the optimum.
     """
     along = factor * (w * u).mean()
     rest = (decay**2 - (factor * rms).square()).clamp_min(torch.finfo(rms.dtype).tiny)
@@ -180,12 +194,12 @@ def _rms_before(w: Tensor, u: Tensor, rms: Tensor, factor: Tensor, decay: Any) -
 
 
 def _updates(state: State) -> Tensor:
-    """How many there were, in float64: powers of the decay rates close to 1 take it."""
-    return torch.as_tensor(state["step"], dtype=torch.float64)  # SparseAdam's is an int
+    """The number of updates, in float64, which powers of decay rates close to 1 need."""
+    return torch.as_tensor(state["step"], dtype=torch.float64)  # an int for SparseAdam
 
 
 def _correction(state: State, group: Group) -> Tensor:
-    """The root of the bias correction of the second moment, 0 before the first step."""
+    """The square root of the bias correction of the second moment; 0 before the first step."""
     root: Tensor = (1 - group["betas"][1] ** _updates(state)) ** 0.5
     return root
 
@@ -193,12 +207,21 @@ def _correction(state: State, group: Group) -> Tensor:
 def _normalised(moment: Tensor, lr: Any, group: Group, momentum: float = 0.0) -> Step:
     """`lr / (sqrt(moment) + eps)` for each coordinate; no 0/0 before the first step."""
     denominator = moment.sqrt().add_(group["eps"]).clamp_min_(torch.finfo(moment.dtype).tiny)
-    return Step(denominator.reciprocal_().mul_(lr / (1 - momentum)), _max_change(group, momentum), moment == 0)
+    return Step(denominator.reciprocal_().mul_(lr / _one_minus(momentum)), _max_change(group, momentum), moment == 0)
+
+
+def _one_minus(momentum: float) -> float:
+    if momentum >= 1:
+        raise ValueError(
+            f"with momentum={momentum:g} updates grow without bound, so modes 'proximal' and 'dual' have no step "
+            "lr/(1 - momentum); use a momentum below 1, metric='euclidean' (the step is lr), or mode='coupled'"
+        )
+    return 1 - momentum
 
 
 def _max_change(group: Group, momentum: float = 0.0) -> float | Tensor:
-    """Ten times as far as the optimizer itself moves a coordinate: no fixed point is touched, no dead one wiped out."""
-    max_change: float | Tensor = 10 * group["lr"] / (1 - momentum)
+    """Ten times the optimizer's usual step, so that fixed points stay, and a tiny moment zeroes no weight at once."""
+    max_change: float | Tensor = 10 * group["lr"] / _one_minus(momentum)
     return max_change
 
 

@@ -45,7 +45,7 @@ class RegularizedOptimizer(WrappingOptimizer):
       has subtracted so far, and the sum `S` of all steps `s`. The optimizer steps, then `latent = w + d`, `S += s`,
       `w = prox(latent, S*lam)`, `d = latent - w`. Zeros can become nonzero again; large weights have little bias.
 
-    For convex penalties, "coupled", "proximal" and "dual" share their fixed points, where loss + penalty is stationary.
+    For convex penalties, "coupled", "proximal" and "dual" have the same fixed points: loss + penalty is stationary.
 
     Half-precision weights lose updates below 0.4% (bfloat16) or 0.05% (float16) of a weight to rounding. Use "dual",
     which keeps `S` in float32, or autocast with float32 weights.
@@ -54,19 +54,19 @@ class RegularizedOptimizer(WrappingOptimizer):
         optimizer: any `torch.optim.Optimizer`.
         penalty: a penalty, a list of penalties (their sum), or a list of `(penalty, mode)` pairs; see `Penalty` for the
             units of `lam`.
-        mode: the mode of each penalty that has none of its own.
+        mode: the mode of each penalty given without one.
         metric: the step `s` of "proximal" and "dual". "auto" computes it from the state of optimizers in torch.optim,
-            and takes `lr` for others, with a warning. "euclidean" takes `lr`. A callable returns it: a number or a
-            tensor of the parameter's shape, from `(optimizer, parameter, group)`.
+            and uses `lr` for others, with a warning. "euclidean" uses `lr`. A callable
+            `(optimizer, parameter, group)` returns a number or a tensor of the parameter's shape.
         rate: the factor on `lam` in mode "decoupled". "lr" (torch's AdamW). "schedule": `lr/initial_lr`, so that `lam`
             is per step and only the schedule changes it (AdamW as published). "corrected": `lr^2/initial_lr` (Defazio
-            2025). Or a callable `(optimizer, group) -> float or 0-dim tensor`. `initial_lr` is what LR schedulers write
-            into the param_group (OneCycleLR and CyclicLR write their lowest), else the lr at construction.
+            2025). Or a callable `(optimizer, group) -> float or 0-dim tensor`. LR schedulers write `initial_lr` into
+            the param_group (OneCycleLR and CyclicLR write their lowest lr); without them it is the lr at construction.
         cautious: in mode "decoupled", shrink an element only if the update `u` of the optimizer (`w -= u`) does not
             point away from zero: `u*w >= 0` (Chen et al. 2025). The update is then computed from the weights before
             the decay. This copies the weights, except for SGD, Adam and AdamW without a weight_decay of their own.
-        compile: run the operations on large tensors as kernels of torch.compile, each of which takes up to 10 seconds
-            to compile. Without a C++ compiler (on CUDA, Triton) a warning says so, and nothing is compiled.
+        compile: run the operations on large tensors as kernels of torch.compile. Each takes up to 10 seconds to
+            compile. Without a C++ compiler (on CUDA, Triton), it warns and does not compile.
 
     Attributes:
         penalty: the penalty, or the sum of all penalties.
@@ -129,7 +129,7 @@ class RegularizedOptimizer(WrappingOptimizer):
 
         Args:
             closure: reevaluates the model and returns the loss. Penalties in mode "coupled" are added to this loss, so
-                that line searches see the penalized objective.
+                line searches see the penalized objective.
         """
         active = Active()
         finish = partial(self._after_update, active)
@@ -148,8 +148,8 @@ class RegularizedOptimizer(WrappingOptimizer):
         Further steps then fit the nonzero weights without the bias of the penalty (debiasing). If penalties have
         different modes, only those in mode "proximal" or "dual" are turned off. With a center, elements at their center
         are held. The optimizer state of held elements is set to 0; the gaps of mode "dual" are kept for later. A
-        parameter that is zero everywhere and was not updated yet, such as a LoRA matrix before training, is not held.
-        Another call also holds the zeros that appeared since. Frozen zeros are saved in `state_dict()`.
+        parameter that is entirely zero and was not updated yet, such as a LoRA matrix before training, is not held.
+        Another call also holds zeros that have appeared since. Frozen zeros are saved in `state_dict()`.
 
         Example:
             >>> import torch, torch_regpen as rp
@@ -175,7 +175,7 @@ class RegularizedOptimizer(WrappingOptimizer):
 
     @property
     def zeros_are_frozen(self) -> bool:
-        """Whether `freeze_zeros` is in effect, by a call here or by a loaded checkpoint."""
+        """Whether zeros are frozen, by a call of `freeze_zeros` or by a loaded checkpoint."""
         return self._zeros.on
 
     @property
@@ -186,15 +186,15 @@ class RegularizedOptimizer(WrappingOptimizer):
     def before_prox(
         self, sample: Callable[[list[Term]], Slicer] = lambda terms: lambda x: x
     ) -> Iterator[tuple[list[Term], float | Tensor | None]]:
-        """Yield what the proximal map is about to process, for a step hook that sets lambda right before the map.
+        """Yield the input of the coming proximal map, for a step hook that sets lambda right before it.
 
         Args:
             sample: a function of the terms of a tensor. It returns a function that takes a part of this tensor and of
                 other tensors of its shape.
 
         Yields:
-            The terms on a sample of each tensor, and the factor that the map will apply to lambda; None instead of the
-            factor if the map will not change the tensor, because it has no gradient or its zeros are frozen.
+            The terms on a sample of each tensor, and the factor that the map will apply to lambda. The factor is None
+            if the map will not change the tensor, because it has no gradient or its zeros are frozen.
         """
         for applied in self._applied:
             yield from applied.before_prox(sample, frozen=self._zeros.on)
@@ -327,9 +327,9 @@ def _check_overlap(zeroing: list[AppliedPenalty]) -> None:
     for batch in (batch for applied in zeroing for batch in applied.batches()):
         names = [name for terms in batch.each for name, w in terms[0].named_parameters if id(w) in seen]
         if names:
-            what = "units that span it and others" if isinstance(batch, JointBatch) else "another mode or grouping"
+            what = "units that span several tensors" if isinstance(batch, JointBatch) else "another mode or grouping"
             raise ValueError(
-                f"parameter {names[0]!r} is in two proximal maps, one over {what}, and the prox of their sum has no "
+                f"parameter {names[0]!r} is in two proximal maps, one with {what}, and the prox of their sum has no "
                 "closed form; use SparseGroupLasso, or another mode for one of them"
             )
         seen |= {id(w) for w in batch.tensors}

@@ -1,4 +1,4 @@
-"""Choose lambda: `lam_max`, the largest that makes sense, and `regularization_path`, with cross-validation."""
+"""Choose lambda: `lam_max`, the largest useful lambda, and `regularization_path`, with cross-validation."""
 
 from .largest import lam_max
 from .run import regularization_path

@@ -1,4 +1,4 @@
-"""The largest lambda that makes sense: from there on, zero is a stationary point."""
+"""`lam_max`: the largest useful lambda. At this lambda and above, zero is a stationary point."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ __all__ = ["lam_max", "lams_kept", "refuse_sum"]
 
 
 def lam_max(penalty: Penalty, loss_fn: Callable[[], Tensor]) -> float:
-    """`min {lam : -gradient(0) in lam * subdifferential(Omega)(0)}`: from there on, zero is a stationary point.
+    """`min {lam : -gradient(0) in lam * subdifferential(Omega)(0)}`: with this lambda, zero is a stationary point.
 
     The gradient of `loss_fn()` is computed once, with the penalized weights at zero, or at their center. Then the
-    weights are restored. Fit the weights without a penalty first: an intercept, and elements whose `weights` are 0;
-    these keep their values, and their gradient does not count.
+    weights are restored. Fit the weights without a penalty first: an intercept, and elements whose `weights` are 0.
+    These keep their values, and their gradient is ignored.
 
     The model must be linear in the penalized weights, since a network of zeros has no gradient. For a network, double
-    lambda until training leaves no weight, as in `examples/choose_lambda.py`.
+    lambda until training makes all weights zero, as in `examples/choose_lambda.py`.
 
     Args:
         penalty: the penalty, with the same lambda for all its parameter groups. Its own lambdas are not changed.
         loss_fn: returns the loss without the penalty at the current weights.
 
     Returns:
-        lambda. It is infinite for L2, which makes no weight zero.
+        The lambda. It is infinite for L2, which makes no weight zero.
 
     Raises:
         ValueError: the penalty is a sum, or zero is stationary at every lambda (LHalf, L0), or the gradient is not
@@ -82,7 +82,7 @@ def lam_max(penalty: Penalty, loss_fn: Callable[[], Tensor]) -> float:
                 return 0.0
             for terms, grad in pairs:
                 if not bool(grad.isfinite().all()):
-                    raise ValueError(f"the gradient of the loss at zero, of {terms[0].name!r}, is not finite")
+                    raise ValueError(f"the gradient of the loss for {terms[0].name!r} at zero is not finite")
             return math.inf if slope == 0 else _smallest(stationary)
         finally:
             with torch.no_grad():
@@ -91,7 +91,7 @@ def lam_max(penalty: Penalty, loss_fn: Callable[[], Tensor]) -> float:
 
 
 def _unpenalized(terms: list[Term]) -> Tensor | None:
-    """A mask of the elements that `weights` leaves without a penalty, or None without `weights`."""
+    """A mask of the elements whose `weights` are 0; None without `weights`."""
     weights, grouping = terms[0].weights, terms[0].grouping
     if weights is not None and isinstance(grouping, NormGrouping):
         weights = grouping.spread(weights, terms[0].tensor)
@@ -116,7 +116,7 @@ def refuse_sum(penalty: Penalty) -> None:
 
 
 def _smallest(holds: Callable[[float], bool]) -> float:
-    """The smallest float from which on `holds` is true, by bisection; infinite if it never is. It is false at 0."""
+    """The smallest float at which `holds` is true, by bisection; infinite if there is none. `holds(0)` is false."""
     high = 1.0
     while not holds(high):
         high *= 2

@@ -44,8 +44,8 @@ def regularization_path(
 
     Args:
         model: the model.
-        penalty: a penalty on its parameters, with the same lambda for all parameter groups. For lambdas in proportion,
-            use `weights`.
+        penalty: a penalty on its parameters, with the same lambda for all parameter groups. For different lambdas, use
+            `weights`.
         fit: `fit(model, penalty, train_indices)` trains the model. The indices are None for all data.
         lams: the lambdas, in any order.
         folds: `(train_indices, test_indices)` of each fold, as from scikit-learn's `KFold.split`.
@@ -79,7 +79,7 @@ def regularization_path(
     if order not in ("down", "up"):
         raise ValueError(f"order must be 'down' or 'up', not {order!r}")
     if (folds is None) != (score is None):
-        raise ValueError("folds and score go together: the score is what the folds are held out for")
+        raise ValueError("folds and score go together: give both, or neither")
     path = Path(sorted((checked_lam(lam) for lam in lams), reverse=order == "down"))
     if not path.lams:
         raise ValueError("lams is empty")
@@ -128,7 +128,7 @@ class _Checkpoint:
 
     Args:
         file: the file; None saves nothing.
-        cache_key: the settings of the path, by name. An existing file must have the same.
+        cache_key: the settings of the path, by name. Those in an existing file must be equal.
     """
 
     def __init__(self, file: str | File | None, cache_key: dict[str, Any]) -> None:
@@ -139,7 +139,7 @@ class _Checkpoint:
             known = found.get("cache_key", {})
             other = [name for name, value in cache_key.items() if known.get(name) != value]
             if other:
-                raise ValueError(f"{self.file} holds a path with other {', '.join(other)}; give another file")
+                raise ValueError(f"{self.file} holds a path that differs in {', '.join(other)}; give another file")
             self.found = found
 
     def get(self, run: int, step: int) -> tuple[dict[str, Tensor] | None, float]:
@@ -163,7 +163,7 @@ def _copied(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _digest(indices: Indices) -> str:
-    """A hash of the values of the indices, or, for an object without values, of its type."""
+    """A hash of the values of the indices, or of the type of an object without values."""
     values = indices.tolist() if hasattr(indices, "tolist") else indices
     shown = repr(values) if isinstance(values, Sequence | slice) else type(values).__qualname__
     return hashlib.sha256(shown.encode()).hexdigest()

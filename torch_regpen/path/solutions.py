@@ -20,8 +20,8 @@ class Path:
 
     Attributes:
         lams: the lambdas.
-        states: for each lambda the state dict of the model, fitted on all data.
-        nonzeros: for each lambda the number of penalized elements that are not zero.
+        states: for each lambda, the state dict of the model fitted to all data.
+        nonzeros: for each lambda, the number of nonzero penalized elements.
         scores: a float64 tensor of shape (lambdas, folds), higher is better; None without folds.
         penalized: the names of the penalized parameters.
 
@@ -41,7 +41,7 @@ class Path:
 
     @property
     def best(self) -> float:
-        """The lambda with the highest mean score, the largest of equals. Lambdas with a score of NaN do not count.
+        """The lambda with the highest mean score, or the largest of several. Lambdas with a NaN score do not count.
 
         Raises:
             ValueError: there are no scores, or each lambda has a score of NaN.
@@ -52,7 +52,7 @@ class Path:
     def best_1se(self) -> float:
         """The largest lambda whose mean score is within one standard error of the best one (Breiman et al. 1984).
 
-        The error is that of the best lambda's mean over the folds, `std / sqrt(folds)` with ddof 1.
+        This is the standard error of the best lambda's mean over the folds, `std / sqrt(folds)` with ddof 1.
 
         Raises:
             ValueError: as `best`.
@@ -67,7 +67,7 @@ class Path:
         With more than 50 weights, the fraction of exact zeros in each parameter is drawn instead.
 
         Args:
-            file: where to write it; the ending says the format.
+            file: the file to write; its extension sets the format.
 
         Raises:
             ImportError: matplotlib is missing.
@@ -101,7 +101,7 @@ class Path:
 
     def _mean(self) -> Tensor:
         if self.scores is None:
-            raise ValueError("without folds and a score there is no best lambda")
+            raise ValueError("there is no best lambda without folds and a score")
         mean: Tensor = self.scores.mean(dim=1)
         return mean
 
@@ -109,7 +109,7 @@ class Path:
         """Pairs of mean score and lambda, without means of NaN."""
         ranked = [(x, lam) for x, lam in zip(self._mean().tolist(), self.lams, strict=True) if not math.isnan(x)]
         if not ranked:
-            raise ValueError("each lambda has a score that is NaN: there is no best; look at `scores`")
+            raise ValueError("there is no best lambda, because each has a score of NaN; look at `scores`")
         return ranked
 
     def _standard_errors(self) -> Tensor:

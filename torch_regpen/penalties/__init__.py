@@ -1,1 +1,1 @@
-"""The penalties: which parameters, which scalar function of which magnitudes, which lambda."""
+"""The penalties: the parameters, the scalar function of their magnitudes, and lambda."""

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from ..groups.grouping import working_dtype
+from ..utils import first_names
 from .lookup import spellings
 from .param_groups import ParamGroup
 
@@ -70,7 +71,7 @@ class ActivityPenalty(nn.Module):
             raise ValueError(f"kind must be 'l1' or 'l2', but got {kind!r}")
         self.kind = kind.lower()
         self.param_groups: list[dict[str, Any]] = [ParamGroup({}, lam)]
-        # For each module, sum |a| / n of its outputs in the latest forward; and the modules that ran without gradient.
+        # By module: the sizes of its outputs in the latest forward. Below: the modules that ran without gradients.
         self._sizes: dict[str, list[Tensor]] = {}
         self._detached: set[str] = set()
         self._ran = False  # whether there was a forward yet
@@ -87,7 +88,7 @@ class ActivityPenalty(nn.Module):
             )
         }
         if not watched:
-            names = ", ".join(name for name, _ in model.named_modules() if name)
+            names = first_names((name for name, _ in model.named_modules() if name), most=8)
             raise ValueError(f"select={select!r} matches no module; the modules are: {names}")
         self._names = list(watched)
         self._handles: list[RemovableHandle] = [
@@ -109,7 +110,7 @@ class ActivityPenalty(nn.Module):
     def forward(self) -> Tensor:
         """Return the penalty of the latest forward: a 0-dim tensor, float32 or float64; 0 after `remove()`."""
         if not self._ran and self._handles:
-            raise RuntimeError("there was no forward of the model yet; call the model before the penalty")
+            raise RuntimeError("the model has not run yet; call the model before the penalty")
         self._asked = self._asked or torch.is_grad_enabled()
         total = torch.zeros((), dtype=torch.float32)
         for size in (size for sizes in self._sizes.values() for size in sizes):
@@ -126,8 +127,7 @@ class ActivityPenalty(nn.Module):
 
     def extra_repr(self) -> str:
         """The text inside the parentheses of the repr."""
-        shown = ", ".join(self._names[:4]) + (", ..." if len(self._names) > 4 else "")
-        return f"lam={self.lam:g}, kind={self.kind!r}, {len(self._names)} modules: {shown}"
+        return f"lam={self.lam:g}, kind={self.kind!r}, {len(self._names)} modules: {first_names(self._names)}"
 
     def _refuse(self, other: object) -> Any:
         raise TypeError(
@@ -168,7 +168,7 @@ class ActivityPenalty(nn.Module):
         size = (a if self.kind == "l1" else a.square()).sum() / max(samples, 1)
         if again:
             return
-        if not self._in_forward:  # the module was called by itself, which starts a new forward of it
+        if not self._in_forward:  # the module was called directly, which starts a new forward
             self._sizes.pop(name, None)
             self._detached.discard(name)
         self._ran = True

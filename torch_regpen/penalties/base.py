@@ -129,7 +129,7 @@ class Penalty(PenalizedParameters):
             input: the output of the previous layer if the penalty is in an `nn.Sequential`; it is returned unchanged.
 
         Raises:
-            RuntimeError: a transform of torch.func differentiates with respect to other tensors than the parameters.
+            RuntimeError: a transform of torch.func differentiates, but not with respect to the parameters.
         """
         if input is not None:
             return input
@@ -158,7 +158,7 @@ class Penalty(PenalizedParameters):
         for batch in work:
             check_grad(batch.terms)
         values: list[Tensor] = []
-        remaining: list[TensorBatch] = []  # their values need a pass of their own
+        remaining: list[TensorBatch] = []  # batches whose values need a separate pass
         for batch in work:
             active = batch.with_grads()
             if return_value and active is not None and active.is_local and len(active.tensors) == len(batch.tensors):
@@ -177,7 +177,7 @@ class Penalty(PenalizedParameters):
     def prox_(self, step: float | Tensor) -> None:
         """`w = prox(w, step * lam)`, in place and without autograd, for every penalized parameter.
 
-        Frozen parameters are skipped, unless all are frozen (an averaged model): then it acts on all.
+        Frozen parameters are skipped. If all are frozen, as in an averaged model, it acts on all of them.
 
         Args:
             step: the step size of the gradient step that came before, a number or a 0-dim tensor.
@@ -200,7 +200,7 @@ class Penalty(PenalizedParameters):
         penalty; its unit is that of the gradient. Parameters whose `.grad` is None are skipped.
 
         Raises:
-            ValueError: the groups of the penalties overlap, so that there is no closed form.
+            ValueError: the groups of the penalties overlap; there is no closed form then.
         """
         distances = []
         for terms in by_tensor(self.terms()):
@@ -226,8 +226,8 @@ class Penalty(PenalizedParameters):
     def zero_groups(self) -> dict[str, list[int]]:
         """Return a dict from the name of each grouped parameter to the indices of its groups that are entirely zero.
 
-        With `groups="input"` these are the input features that no unit uses, with "output" the dead neurons. Indices
-        number the groups in their order in the tensor. Reading them synchronizes with the device.
+        With `groups="input"` these are the input features that no unit uses; with "output", the dead neurons. The
+        groups are numbered in their order in the tensor. It synchronizes with the device.
         """
         found: dict[str, list[int]] = {}
         for term in self.terms() or self.terms(frozen=True):
@@ -239,7 +239,7 @@ class Penalty(PenalizedParameters):
 
     @torch.no_grad()
     def summary(self) -> str:
-        """A table as text: for each parameter its shape, lambda, value, exact zeros and zero groups; then the totals.
+        """A table with the shape, lambda, value, exact zeros and zero groups of each parameter, and the totals.
 
         If there is a center, elements that equal their center count as zero. It synchronizes with the device.
         """

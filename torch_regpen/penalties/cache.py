@@ -18,7 +18,7 @@ class TermCache:
     Finding the terms takes longer than a step on small tensors; checking the cache takes a few microseconds.
     """
 
-    WATCHED = attrgetter("requires_grad", "dtype", "device")
+    WATCHED = attrgetter("requires_grad", "dtype", "device", "shape")
 
     def __init__(self) -> None:
         self.terms: list[Term] = []

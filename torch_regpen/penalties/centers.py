@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..distributed.shards import full_tensor, shard_like
 from ..groups import NM, Elements, Grouping, SingularValues
+from ..utils import first_names
 from .lookup import ParameterRef, spellings
 
 __all__ = ["center_sums", "check_center", "checked_center", "checked_weights", "entries_by_parameter", "stored_for"]
@@ -18,7 +19,7 @@ __all__ = ["center_sums", "check_center", "checked_center", "checked_weights", "
 def entries_by_parameter(
     refs: Iterable[ParameterRef], given: Mapping[str, Tensor], argument: str
 ) -> Iterator[tuple[ParameterRef, str, Tensor, Tensor | None]]:
-    """Yield each parameter with the entry of `given` under any of its names, or None. Shared ones occur once.
+    """Yield each parameter with the entry of `given` under any of its names, or None. Shared parameters occur once.
 
     Args:
         refs: the locations of the parameters.
@@ -33,7 +34,7 @@ def entries_by_parameter(
         allowed = "'initial' or a state dict" if argument == "center" else "a dict of name to tensor"
         raise TypeError(f"{argument} must be {allowed}, but got {given!r}")
     found: dict[int, tuple[ParameterRef, str, Tensor]] = {}
-    names: dict[int, list[str]] = {}  # a shared parameter has several
+    names: dict[int, list[str]] = {}  # a shared parameter has several names
     for ref in refs:
         for name, tensor in ref.read():
             found.setdefault(id(tensor), (ref, name, tensor))
@@ -41,7 +42,8 @@ def entries_by_parameter(
     known = {name for called in names.values() for name in called}
     unknown = sorted(key for key in given if known.isdisjoint(spellings(key)))
     if unknown and argument == "weights":
-        raise ValueError(f"weights has the names {unknown}, which are not among the penalized parameters")
+        shown = first_names(map(repr, unknown))
+        raise ValueError(f"weights has names that are not among the penalized parameters: {shown}")
     given = {**{spellings(key)[-1]: entry for key, entry in given.items()}, **given}
     for key, (ref, name, tensor) in found.items():
         yield ref, name, tensor, next((given[called] for called in names[key] if called in given), None)
@@ -92,7 +94,7 @@ def checked_weights(name: str, parameter: Tensor, grouping: Grouping, entry: Ten
 def stored_for(ref: ParameterRef, stored: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor | None:
     """Return the stored tensor of a parameter, moved to its device and sharded like it; None if nothing is stored.
 
-    If the parameter was parametrized after its tensor was stored, the tensor is found by the name without additions.
+    If the parameter was parametrized later, the tensor is found by the name that the parameter had before.
 
     Args:
         ref: the location of the parameter.
@@ -106,7 +108,7 @@ def stored_for(ref: ParameterRef, stored: dict[str, Tensor], name: str, paramete
     key = ref.name if name not in stored and (name == ref.name or name.endswith(".original")) else name
     if stored and key not in stored:
         raise ValueError(
-            f"parameter {name!r} was added after the penalty copied its center or weights; build the penalty anew"
+            f"parameter {name!r} was added after the penalty copied its center or weights; build a new penalty"
         )
     if key not in stored:
         return None
@@ -125,10 +127,10 @@ def center_sums(refs: Iterable[ParameterRef]) -> Tensor:
 
 
 def check_center(saved: Tensor, refs: Iterable[ParameterRef]) -> None:
-    """Raise `ValueError` where the checksum of a saved center is not that of the centers at `refs`."""
+    """Raise `ValueError` if the checksum of a saved center differs from that of the centers at `refs`."""
     now = center_sums(refs)
     if not torch.allclose(saved, now, rtol=0, atol=1e-6 * max(float(now[1]), 1e-30)):
         raise ValueError(
-            "the penalty was saved with another center than it has now: center='initial' means the weights at its "
-            "construction, not those that are loaded later. Give center= the state dict that it began from"
+            "the penalty was saved with a different center: center='initial' means the weights when the penalty was "
+            "constructed, not the weights loaded later. Pass the state dict of the original weights as center="
         )

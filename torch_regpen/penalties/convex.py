@@ -129,7 +129,7 @@ class L1(_Convex):
 
 
 class L2(_Convex):
-    """`lam * sum |w|^2`, without a factor 1/2: it equals `weight_decay=2*lam`. It shrinks all weights, none to zero.
+    """`lam * sum |w|^2`, without a factor 1/2: it equals `weight_decay=2*lam`. It shrinks weights, but not to zero.
 
     Args:
         params, lam, select, exclude, scale, center, weights: see `Penalty`.
@@ -155,7 +155,7 @@ class L2(_Convex):
 
         Args:
             params: see `Penalty`.
-            weight_decay: the value for torch.optim; set that of the optimizer itself to 0.
+            weight_decay: the value for torch.optim; set the optimizer's own weight_decay to 0.
             select: see `Penalty`; the default includes biases and norm scales, as torch.optim does.
 
         Raises:
@@ -228,7 +228,7 @@ class NuclearNorm(L1):
         positive: see `L1`; with `positive=True` there is no prox in closed form.
 
     Raises:
-        ValueError: a tensor has fewer than 2 dimensions; `weights` is given; see also `Penalty`.
+        ValueError: a tensor has fewer than 2 dimensions; `weights` are given; see also `Penalty`.
 
     Example:
         >>> import torch
@@ -267,8 +267,8 @@ class SparseGroupLasso(ElasticNet):
     It zeroes whole groups, and elements within the other groups.
 
     Args:
-        params, lam, select, exclude, scale, center, positive: see `Penalty` and `L1`. For `weights`, add an `L1` and a
-            `GroupLasso` that have them.
+        params, lam, select, exclude, scale, center, positive: see `Penalty` and `L1`.
+        weights: not supported; add an `L1` and a `GroupLasso` with weights instead.
         l1_ratio: the share `r` of L1, from 0 to 1.
         groups: see `GroupLasso`.
 

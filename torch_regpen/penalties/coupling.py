@@ -1,7 +1,7 @@
-"""Units that span the tensors of a model: what has to leave together when a channel, a neuron or a head leaves.
+"""Units that span the tensors of a model: everything that is removed together with a channel, a neuron or a head.
 
-A graph of the model says which rows and columns belong to each other. It is made by heuristics, so each set of units is
-tried out on the model before it is returned.
+A graph of the model says which rows and columns belong together. It is built by heuristics, so each set of units is
+tested on the model before it is returned.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class UnitSet:
-    """Units of one kind, each of which leaves as a whole.
+    """Units of one kind. Each can only be removed as a whole.
 
     Attributes:
-        name: the qualified name of the first layer that writes the units; of an LSTM or GRU with its part, `"rnn.l0"`.
-        members: what writes the units: rows, biases, scales and shifts of norms. Where they are zero, so is the unit.
-            No element of a parameter is in two units.
-        readers: what reads the units: the columns of the layers that follow, and the slopes of a PReLU. They can be cut
-            with the unit and do not belong to it.
+        name: the qualified name of the first layer that writes the units; for an LSTM or GRU with its part, `"rnn.l0"`.
+        members: the slices that write the units: rows, biases, and the scales and shifts of norms. A unit is zero if
+            its members are. No element of a parameter is in two units.
+        readers: the slices that read the units: columns of the layers that follow, and slopes of a PReLU. They are cut
+            together with the unit, but do not belong to it.
     """
 
     name: str
@@ -52,21 +52,21 @@ class UnitSet:
 
 
 def coupled_units(model: nn.Module, example_inputs: Inputs) -> tuple[list[UnitSet], dict[str, str]]:
-    """The units of a model that can be taken out, over all tensors that they span.
+    """The units of a model that can be removed, over all tensors that they span.
 
     A unit is a row of a Linear, a channel of a convolution with its norm, a channel of a residual stream with all that
     writes it, a group of a grouped convolution, a unit of an LSTM or GRU, or an attention head.
 
-    Of each set it holds, and is tried out with random parameters, that a unit whose members are zero is zero wherever
-    it is read, and that the outputs of the model depend on a unit through its readers alone.
+    Each set is tested with random parameters: a unit whose members are zero is zero wherever it is read, and the
+    outputs of the model depend on a unit only through its readers.
 
     Args:
-        model: the model, which stays as it is: its mode, gradients, buffers and hooks. It runs in eval mode, several
-            times for each set, and with a copy of its parameters.
+        model: the model. Its mode, gradients, buffers and hooks are not changed. It runs in eval mode, several times
+            for each set, with a copy of its parameters.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
 
     Returns:
-        The sets of units, and the layers whose units are left, in part or whole: `{name: reason}`.
+        The sets of units, and the layers with units that cannot be removed: `{name: reason}`.
 
     Raises:
         ImportError: Torch-Pruning is not installed.
@@ -95,7 +95,7 @@ def arguments_in(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any
 
 
 class _Unit(NamedTuple):
-    """What the graph joins to one unit: what writes it, what reads it, what it goes through."""
+    """A unit in the graph: the rows that write it, the columns that read it, and what it passes through."""
 
     rows: list[Row]
     readers: dict[Row, None]
@@ -126,7 +126,7 @@ class _Coupling:
         self.order = {part: place for place, part in enumerate(self.parts)}
 
     def sets(self) -> tuple[list[UnitSet], dict[str, str]]:
-        """The sets of units, and why layers are left."""
+        """The sets of units, and why the units of some layers cannot be removed."""
         reasons: dict[tuple[nn.Module, str], Counter[str]] = defaultdict(Counter)
         alike: dict[Any, list[_Unit]] = defaultdict(list)
         for unit in sorted(self._units(), key=lambda unit: self._place(unit.rows[0])):
@@ -150,7 +150,7 @@ class _Coupling:
         return found, self._left({part: +counts for part, counts in reasons.items()})
 
     def _units(self) -> list[_Unit]:
-        """The units that layers write; features of the inputs are none."""
+        """The units that layers write. Features of the model's inputs are not units."""
         found: dict[Row, _Unit] = defaultdict(lambda: _Unit([], {}, set()))
         every = [Row(*part, index) for part, cuts in self.parts.items() for index in range(len(cuts[0].index))]
         readers: dict[tuple[nn.Module, int], Row] = {}
@@ -176,7 +176,7 @@ class _Coupling:
         return any(getattr(cut.module, cut.key).ndim > 1 for cut in self.parts[part])
 
     def _reason(self, unit: _Unit) -> str | None:
-        """Why a unit cannot be taken out, as far as the graph says."""
+        """Why a unit cannot be removed according to the graph, or None."""
         if any(row.layer not in self.flow.layers for row in unit.rows if row[:2] not in self.flow.parameters):
             return "the forward pass in eval mode does not call it"
         if "output" in unit.marks:
@@ -196,7 +196,7 @@ class _Coupling:
         return None if unit.readers else "no layer was found that reads its units"
 
     def _obstacle(self, cut: Slices) -> str | None:
-        """Why a parameter cannot be cut."""
+        """Why a parameter cannot be cut, or None."""
         parameter = cut.module._parameters.get(cut.key)
         name = f"{self.names[cut.module]}.{cut.key}"
         if parameter is None:
@@ -243,7 +243,7 @@ def _columns(layer: nn.Module, part: str) -> list[Slices]:
 
 
 class _Probe:
-    """Tries out on a model with random parameters that a unit can be taken out.
+    """Tests on a model with random parameters whether units can be removed.
 
     Args:
         model: the model, in eval mode.
@@ -262,12 +262,12 @@ class _Probe:
         new = {p: p.detach() if ".original" in name else self._random_like(p) for name, p in model.named_parameters()}
         self.state = {name: new[p] for name, p in model.named_parameters(remove_duplicate=False)}
         for name, buffer in copied_buffers(model).items():
-            if name.endswith("running_mean"):  # what holds for fresh means has to hold for others
+            if name.endswith("running_mean"):  # a fresh mean is 0, and the test must hold for other means
                 buffer = torch.randn(buffer.shape, generator=self.random).to(buffer)
             self.state[name] = buffer
 
     def objection(self, units: UnitSet) -> str | None:
-        """Why a random half of the units cannot be taken out, if so."""
+        """Why a random half of the units cannot be removed, or None."""
         chosen = torch.randperm(units.count, generator=self.random)[: -(-units.count // 2)]
         silent = self._run([(units.readers, chosen, True), (units.members, chosen, False)])
         unread = self._run([(units.readers, chosen, False), (units.members, chosen, False)])
@@ -279,7 +279,7 @@ class _Probe:
 
     @torch.no_grad()
     def _run(self, changes: list[tuple[tuple[Slices, ...], Tensor, bool]]) -> list[Tensor]:
-        """The outputs of the model with slices of its parameters made random, or zero."""
+        """The outputs of the model after some slices of its parameters are set to random numbers or zero."""
         state = dict(self.state)
         for slices, chosen, random in changes:
             for part in slices:
@@ -288,12 +288,12 @@ class _Probe:
                 index = part.index[chosen].flatten().to(value.device)
                 new = value.index_select(part.dim, index)
                 value.index_copy_(part.dim, index, self._random_like(new) if random else torch.zeros_like(new))
-        # each run draws the same numbers, and caches what it makes of its parameters anew
+        # Each run draws the same random numbers, and starts from the same cached values in modules.
         with torch.random.fork_rng(devices=_cuda_devices(self.model)), kept_contents(self.model):
             return list(tensors_in(functional_call(self.model, state, self.args, self.kwargs)))
 
     def _random_like(self, tensor: Tensor) -> Tensor:
-        """Weights that keep the scale of what they multiply; biases and scales around 1."""
+        """Random weights that keep the scale of their input; random biases and scales around 1."""
         if not tensor.is_floating_point():
             return tensor.detach()
         fan_in = tensor[0].numel() if tensor.ndim > 1 else 1
@@ -305,7 +305,7 @@ class _Probe:
 
 
 def equal_to_rounding(one: list[Tensor], other: list[Tensor]) -> bool:
-    """Whether outputs are equal to rounding: a product with zero is zero, so that differences come from the device."""
+    """Whether outputs are equal up to rounding, which may differ between kernels of the device."""
     for a, b in zip(one, other, strict=True):
         largest = float(a[a.isfinite()].abs().max()) if bool(a.isfinite().any()) else 0.0
         if not torch.allclose(a, b, rtol=0.0, atol=64 * torch.finfo(a.dtype).eps * largest, equal_nan=True):
@@ -319,7 +319,7 @@ def _cuda_devices(model: nn.Module) -> list[torch.device]:
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Within it the model is in eval mode and all its parameters have gradients; afterwards all is as before."""
+    """Put the model in eval mode and let all parameters require gradients; restore everything at the end."""
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     attributes = {module: dict(vars(module)) for module in model.modules()}
     with kept_contents(model):

@@ -1,7 +1,7 @@
-"""Where the units of a layer lie in its parameters: the rows that write them and the columns that read them.
+"""The units of a layer in its parameters: the rows that write them and the columns that read them.
 
-A row here is what writes one unit: a row of a Linear, a filter, the rows of all gates of an LSTM, those of an attention
-head in q, k and v. The filters of a group of a grouped convolution are one row, because they leave together.
+A row here writes one unit. It is a row of a Linear, a filter, the rows of all gates of an LSTM, or the rows of an
+attention head in q, k and v. The filters in one group of a grouped convolution are one row: they are removed together.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class Slices:
 
 
 def rows(module: nn.Module) -> dict[str, list[Slices]]:
-    """For each part of a layer the slices that write its units, empty where nothing is known of the layer.
+    """For each part of a layer, the slices that write its units; empty for an unknown layer.
 
-    The parts of an LSTM are its layers and directions, `"l0"`, `"l0_reverse"`; those of nn.MultiheadAttention its heads
-    and `"out_proj"`; other layers have one, `""`.
+    The parts of an LSTM are its layers and directions, `"l0"`, `"l0_reverse"`. The parts of nn.MultiheadAttention are
+    its heads, `""`, and `"out_proj"`. Other layers have one part, `""`.
     """
     layer: Any = module
     if isinstance(module, _ConvNd):
@@ -78,7 +78,7 @@ def rows(module: nn.Module) -> dict[str, list[Slices]]:
 
 
 def columns(module: nn.Module) -> list[Slices]:
-    """The slices that read each unit of a layer's input; those of PReLU are the slopes."""
+    """The slices that read each unit of a layer's input; for PReLU, the slopes."""
     layer: Any = module
     if isinstance(module, _ConvNd):
         return _cut(layer, "weight", 0 if isinstance(module, _ConvTransposeNd) else 1, module.in_channels)
@@ -99,7 +99,7 @@ def columns(module: nn.Module) -> list[Slices]:
 
 
 def inner_columns(module: nn.Module, part: str) -> list[Slices]:
-    """The slices of the layer itself that read the units of one of its parts."""
+    """The slices in the same layer that read the units of one of its parts."""
     if isinstance(module, nn.MultiheadAttention) and part == "":
         return _cut(module.out_proj, "weight", 1, module.num_heads, module.embed_dim)
     if not isinstance(module, nn.RNNBase):
@@ -113,9 +113,9 @@ def inner_columns(module: nn.Module, part: str) -> list[Slices]:
 
 
 def port_widths(layer: Any) -> tuple[int, int] | None:
-    """The numbers of units that a layer puts out and takes in; None of an operation, which has no parameters.
+    """The numbers of output and input units of a layer; None for other operations.
 
-    Norms, PReLU and embeddings have one number: what they put out is what they take in.
+    The second number is 0 for norms, PReLU and embeddings: norms and PReLU pass on the units of their input.
     """
     if isinstance(layer, _ConvNd):
         return layer.out_channels, layer.in_channels
@@ -158,15 +158,15 @@ def channel_dim(layer: Any, shape: Sequence[int], along: Sequence[int] = ()) -> 
 
 
 def resize(module: nn.Module, before: dict[str, Any]) -> None:
-    """Make the attributes of a layer fit its parameters, after slices of them were removed.
+    """Set the attributes of a layer to the sizes of its parameters, after slices were removed.
 
     Args:
         module: the layer.
-        before: its parameters as they were before, by name.
+        before: its parameters before the removal, by name.
     """
     layer: Any = module
     if isinstance(module, _ConvNd):
-        if module.groups > 1:  # whole groups have left
+        if module.groups > 1:  # whole groups were removed
             module.groups = module.groups * len(module.weight) // len(before["weight"])
         sizes = len(module.weight), module.weight.shape[1] * module.groups
         module.out_channels, module.in_channels = sizes[::-1] if isinstance(module, _ConvTransposeNd) else sizes
@@ -199,7 +199,7 @@ def out_index(module: nn.Module, unit: int) -> tuple[str, int]:
 
 
 def _cut(module: nn.Module, key: str, dim: int, units: int, n: int | None = None) -> list[Slices]:
-    """The `n` slices of a parameter cut into units, where the layer has that parameter."""
+    """The `n` slices of a parameter, divided into units; empty if the layer lacks the parameter."""
     parameter = getattr(module, key, None)
     if parameter is None:
         return []

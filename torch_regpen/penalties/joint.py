@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..distributed.shards import DTensor
 from ..groups import Coupled, Grouping, Slices
 from ..ops.terms import Joint
-from ..utils import warn
+from ..utils import first_names, warn
 from .coupling import UnitSet, coupled_units
 from .lookup import ParameterRef, Structure
 from .rules import is_weight
@@ -22,12 +22,12 @@ LEFT_OUT = "select leaves out"
 
 
 class CoupledUnits:
-    """The units of a model. They are found again if a layer was replaced or has changed its shape.
+    """The units of a model. They are found again after a layer is replaced or changes its shape.
 
-    A set of units is a list of parameters that have their units in common, such as a layer, its norm and their biases.
+    A set of units is a list of parameters with the same units, such as a layer, its norm and their biases.
 
     Args:
-        coupled: the model and its example inputs. The attribute `left` is written.
+        coupled: the model and its example inputs. Its attribute `left` is set.
     """
 
     def __init__(self, coupled: Coupled) -> None:
@@ -69,17 +69,19 @@ class CoupledUnits:
         return list(dict.fromkeys(ref for _, refs in self._selected(selection) for ref in refs))
 
     def warn_about_parts(self) -> None:
-        """Warn where only a part of the weights of some units is selected, so that they are not penalized."""
+        """Warn if some units are not penalized because only a part of their weights is selected."""
         partly = [f"{name}: {reason}" for name, reason in self._coupled.left.items() if reason.endswith(LEFT_OUT)]
         if partly:
-            warn(f"some units are not penalized because only a part of their weights is selected: {'; '.join(partly)}")
+            shown = first_names(partly, separator="; ")
+            warn(f"some units are not penalized because only a part of their weights is selected: {shown}")
 
     def refuse_nothing(self, selections: list[Selection]) -> None:
-        """Raise `ValueError` where no set of units is selected, but for a penalty that an optimizer restricts."""
+        """Raise `ValueError`, because no units are selected; not for a penalty restricted to an optimizer."""
         if not any(selection.optimizer for selection in selections):
+            reasons = [f"{name}: {reason}" for name, reason in self._coupled.left.items()]
             raise ValueError(
-                f"no unit of {type(self._coupled.model).__name__} can be penalized. Layers that are left, and why: "
-                f"{self._coupled.left}"
+                f"no unit of {type(self._coupled.model).__name__} can be penalized. The layers, with the reasons: "
+                + first_names(reasons, most=8, separator="; ")
             )
 
     def _selected(self, selection: Selection) -> Iterator[tuple[UnitSet, list[ParameterRef]]]:
@@ -95,14 +97,14 @@ class CoupledUnits:
             missing = [key for module, key in places if (module, key) not in refs]
             if missing:
                 raise ValueError(
-                    f"the units of {units.name!r} have parameters that are not in the penalized module: {missing}. "
-                    "Give Coupled the model that the penalty is on"
+                    f"the units of {units.name!r} have parameters that are not in the penalized module: "
+                    f"{first_names(missing)}. Give Coupled the model that the penalty is on"
                 )
             weights = [place for place in places if _is_weight(refs[place], place[1])]
             if chosen.issuperset(weights):
                 yield units, [refs[place] for place in places]
             elif not chosen.isdisjoint(weights):
-                others = ", ".join(refs[place].name for place in weights if place not in chosen)
+                others = first_names(refs[place].name for place in weights if place not in chosen)
                 self._coupled.left[units.name] = f"its units are also written by {others}, which {LEFT_OUT}"
 
 

@@ -24,7 +24,7 @@ __all__ = ["ParameterRef", "Structure", "all_refs", "refuse_flattened", "spellin
 class ParameterRef:
     """The location of a parameter: a module (the owner) and a name in it; or a tensor that the user passed directly.
 
-    A parametrized weight is one location with several parameters, each with a key of its own.
+    A parametrized weight is one location with several parameters, each with its own key.
 
     Attributes:
         name: the qualified name, without the additions of parametrizations.
@@ -32,9 +32,9 @@ class ParameterRef:
         key: the name in the owner.
         ancestors: the modules from the root down to the owner.
         undecayed: whether an ancestor lists it in `no_weight_decay()`.
-        evaluated: the keys to which the selection rules were applied; None if they were not applied yet.
+        evaluated: the keys to which the selection rules were applied; None before they were applied.
         selected: the keys that the rules selected.
-        warned: whether a warning was given that the order of its heads is a guess.
+        warned: whether the user was warned that the order of its heads is a guess.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class ParameterRef:
     def read(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the qualified name and the tensor of each selected parameter here, frozen ones included.
 
-        A lazy parameter yields nothing, a parametrized one possibly several.
+        A lazy parameter yields nothing; a parametrized weight may yield several parameters.
 
         Raises:
             ValueError: the parameter is gone from its module, or was flattened by FSDP1 or ZeRO-3.
@@ -80,26 +80,29 @@ class ParameterRef:
     def location(self) -> tuple[dict[str, Any], str] | None:
         """The dict and the key that hold the parameter, to check cheaply whether it is still the same.
 
-        None if that check is not enough: if there are weights or a center, or while the parameter is lazy, parametrized
-        or replaced by `functional_call`.
+        None if that check is not enough: the parameter is lazy, parametrized or replaced by `functional_call`.
         """
-        if self.weights or self.centers:
-            return None
         if self.owner is None:
             return self.__dict__, "tensor"
-        parameters = self.owner._parameters
-        parameter = parameters.get(self.key)
+        parameters, key = self.owner._parameters, self._registered_key()
+        parameter = parameters.get(key)
         simple = isinstance(parameter, nn.Parameter) and not isinstance(parameter, UninitializedParameter)
-        return (parameters, self.key) if simple and self.evaluated is not None else None
+        return (parameters, key) if simple and self.evaluated is not None else None
 
     def is_gone(self) -> bool:
         """Whether the parameter was removed from its owner."""
-        if self.owner is None or self.owner._parameters.get(self.key) is not None:
+        if self.owner is None or self.owner._parameters.get(self._registered_key()) is not None:
             return False
         return not parametrize.is_parametrized(self.owner, self.key)
 
+    def _registered_key(self) -> str:
+        """The present name in the owner: torch.nn.utils.prune and spectral_norm append `_orig`, and remove it again."""
+        parameters: dict[str, Any] = self.owner._parameters  # type: ignore[union-attr]
+        other = self.key.removesuffix("_orig") if self.key.endswith("_orig") else f"{self.key}_orig"
+        return other if parameters.get(self.key) is None and parameters.get(other) is not None else self.key
+
     def frozen(self, name: str, tensor: Tensor) -> bool:
-        """Whether the registered parameter is frozen, even while torch.func replaces it by another tensor."""
+        """Whether the registered parameter is frozen, even while torch.func replaces it with another tensor."""
         if self.owner is None:
             return self.can_freeze and not tensor.requires_grad
         if isinstance(tensor, nn.Parameter):
@@ -115,7 +118,7 @@ class ParameterRef:
         if self.tensor is not None:
             yield self.key, self.name, self.tensor
             return
-        parameter = self.owner._parameters.get(self.key)  # type: ignore[union-attr]
+        parameter = self.owner._parameters.get(self._registered_key())  # type: ignore[union-attr]
         if parameter is not None:
             yield self.key, self.name, parameter
             return
@@ -123,7 +126,7 @@ class ParameterRef:
             raise ValueError(
                 f"parameter {self.name!r} is gone from its {type(self.owner).__name__}. If FSDP1 or another wrapper "
                 "flattened it, a penalty on it would be silently wrong: shard with fully_shard (FSDP2) instead. If it "
-                "was replaced on purpose, build the penalty anew"
+                "was replaced on purpose, build a new penalty"
             )
         originals = self.owner.parametrizations[self.key]  # type: ignore[union-attr,index]
         prefix = self.name[: len(self.name) - len(self.key)]
@@ -200,7 +203,7 @@ def _refs_below(
         listed = any(pattern.match(name) for pattern in undecayed)
         yield ParameterRef(name, key, ancestors, undecayed=listed)
     for key, child in owner._modules.items():
-        # Parametrized parameters belong to the location in the module that is parametrized.
+        # The parameters of a parametrization belong to the location in the parametrized module.
         if child is None or child in seen or (key == "parametrizations" and parametrize.is_parametrized(owner)):
             continue
         yield from _refs_below((*ancestors, child), f"{prefix}{key}.", undecayed, seen)

@@ -116,8 +116,8 @@ class LHalf(ScalarLHalf, Penalty):
 class L0(ScalarL0, Penalty):
     """`lam *` the number of nonzero weights, or of elements in nonzero groups (Blumensath and Davies 2008).
 
-    It has no useful gradient: use it in mode "proximal" or "dual", where the prox is a hard threshold at `sqrt(2*t)`
-    with `t` the step size times `lam`.
+    It has no useful gradient: use it in mode "proximal" or "dual". Its prox is a hard threshold at `sqrt(2*t)`, where
+    `t` is the step size times `lam`.
 
     Args:
         params, lam, select, exclude, groups, scale, center, weights: see `Penalty`.

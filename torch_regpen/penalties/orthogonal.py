@@ -17,8 +17,8 @@ class Orthogonal(Penalty):
     """`lam * sum ||W W^T - I||_F^2`, over tensors as matrices with `w.shape[0]` rows (Bansal et al. 2018).
 
     For more rows than columns it is `lam * sum ||W^T W - I||_F^2`. With `measure="cosine"` it is `lam` times the
-    mean absolute cosine between two different rows, as Keras's OrthogonalRegularizer. It has no proximal map, so use it
-    in the loss or in mode "coupled".
+    mean absolute cosine between two different rows, like Keras's OrthogonalRegularizer. It has no proximal map, so use
+    it in the loss or in mode "coupled".
 
     Args:
         params, lam, select: see `Penalty`.

@@ -20,7 +20,7 @@ class ParamGroup(dict[str, Any]):
 
     Args:
         group: the keys of the group.
-        lam: lambda, replaces that of `group`.
+        lam: lambda; it replaces the "lam" of `group`.
 
     Raises:
         TypeError, ValueError: see `checked_lam`.

@@ -15,6 +15,7 @@ from ..groups import NM, Coupled, Grouping, Groups, Heads
 from ..ops.batches import TensorBatch, batches
 from ..ops.terms import Term, by_tensor
 from ..scalar import ScalarL0
+from ..utils import first_names
 from .cache import TermCache
 from .centers import center_sums, check_center, checked_weights, entries_by_parameter, stored_for, take_centers
 from .joint import CoupledUnits
@@ -122,7 +123,7 @@ class PenalizedParameters(nn.Module):
         return self._cache.batches if self._cache.terms is terms else batches(terms)
 
     def compile(self) -> None:
-        """Run operations on large tensors as kernels of torch.compile, also in a `RegularizedOptimizer`; see there."""
+        """Run operations on large tensors as kernels of torch.compile; see `compile` of `RegularizedOptimizer`."""
         for part in self.modules():
             if isinstance(part, PenalizedParameters):
                 part.compiled = True
@@ -144,7 +145,7 @@ class PenalizedParameters(nn.Module):
             yield from terms[0].named_parameters
 
     def places(self) -> Iterator[tuple[ParameterRef, str, Tensor]]:
-        """Each place in a model where a parameter is used, its name there, and the parameter; frozen ones included."""
+        """Yield each place where a parameter is used, its name there, and the parameter; frozen ones too."""
         for selection in self._selections:
             selection.refresh()
         for ref in self._refs():
@@ -167,9 +168,8 @@ class PenalizedParameters(nn.Module):
         """The text inside the parentheses of the repr."""
         names = [name for name, _ in self.named_parameters_penalized()]
         lams = ", ".join(f"{group['lam']:g}" for group in self.param_groups)
-        shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
         groups = "" if self.groups is None else f"groups={self.groups!r}, "
-        return f"lam={lams}, {groups}{len(names)} parameters: {shown}"
+        return f"lam={lams}, {groups}{len(names)} parameters: {first_names(names)}"
 
     def get_extra_state(self) -> Tensor:
         """The lambda of each parameter group in float64, followed by a checksum of the center if there is one."""
@@ -177,7 +177,7 @@ class PenalizedParameters(nn.Module):
         return torch.cat([lams, center_sums(self._refs())]) if self._centered else lams
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore the lambdas from a state dict; raise ValueError if its groups or its center are others."""
+        """Restore the lambdas from a state dict; raise ValueError if its groups or its center differ."""
         groups = len(self.param_groups)
         if self._centered and len(state) == groups + 2:
             check_center(state[groups:].cpu(), self._refs())
@@ -199,8 +199,8 @@ class PenalizedParameters(nn.Module):
         return selection.refs if self._units is None else self._units.refs(selection)
 
     def _cache_key(self) -> list[Any]:
-        """What the terms depend on, beside the parameters: all attributes, and what is selected."""
-        attributes = [value for name, value in vars(self).items() if name != "_cache"]  # which would hold itself
+        """What the terms depend on besides the parameters: all attributes, and what is selected."""
+        attributes = [value for name, value in vars(self).items() if name != "_cache"]  # the cache would hold itself
         return [*attributes, *self.param_groups, *map(attrgetter("refs"), self._selections)]
 
     def _locations(self) -> list[tuple[dict[str, Any], str]] | None:
@@ -258,13 +258,11 @@ class PenalizedParameters(nn.Module):
         weights = stored_for(ref, ref.weights, name, tensor)
         center = stored_for(ref, ref.centers, name, tensor)
         if self._centered and (center is None or center.shape != tensor.shape):
-            raise ValueError(
-                f"parameter {name!r} was added after the penalty copied its center; build the penalty anew"
-            )
+            raise ValueError(f"parameter {name!r} was added after the penalty copied its center; build a new penalty")
         if weights is not None and weights.shape != grouping.magnitudes_shape(tensor.shape):
             raise ValueError(
-                f"parameter {name!r} has changed its shape to {tuple(tensor.shape)} since the penalty copied its "
-                "weights; build the penalty anew"
+                f"the shape of parameter {name!r} has changed to {tuple(tensor.shape)} since the penalty copied its "
+                "weights; build a new penalty"
             )
         length = ref.length_of(name)
         return [

@@ -158,7 +158,7 @@ def _can_be_pickled(function: Any) -> bool:
 def _lost(name: str, parameter: Tensor) -> bool:
     raise ValueError(
         f"parameter {name!r} was added after the penalty was pickled, and the function that selects parameters "
-        "could not be pickled; build the penalty anew"
+        "could not be pickled; build a new penalty"
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from ..utils import warn
+from ..utils import first_names, warn
 from .lookup import ParameterRef, Structure, all_refs, refuse_flattened, spellings, tensor_ref
 from .rules import Params, Rule, Select, _is_matrix, is_weight
 
@@ -19,7 +19,7 @@ __all__ = ["Selection", "owned_ids"]
 
 
 class Selection:
-    """The parameters that `params`, `select` and `exclude` choose: at least one. It follows changes of a model.
+    """The parameters that `params`, `select` and `exclude` choose, at least one. It follows changes of the model.
 
     Args:
         params: a module, a tensor, or an iterable of tensors or of (name, tensor).
@@ -76,8 +76,8 @@ class Selection:
         self._read()
         if had_some and not self.refs:
             raise ValueError(
-                f"none of the penalized parameters is left in the {type(self.root).__name__}, because its layers were "
-                "replaced; build the penalty anew"
+                f"{type(self.root).__name__} has none of the penalized parameters any more, because its layers were "
+                "replaced; build a new penalty"
             )
 
     def restricted_to(self, optimizer: torch.optim.Optimizer) -> Selection:
@@ -107,7 +107,7 @@ class Selection:
         self._select()
 
     def _select(self) -> None:
-        """Apply the rules to new locations. Others keep their result: a replaced parameter may lack its attributes."""
+        """Apply the rules to new locations. Others keep their result: a replaced parameter may lack attributes."""
         excluded = self._excluded()
         owned = None if self.optimizer is None else owned_ids(self.optimizer)
         refs = []
@@ -157,11 +157,10 @@ class Selection:
             for name in difflib.get_close_matches(glob.replace("*", ""), names, n=3, cutoff=0.3)
         ]
         shown = list(dict.fromkeys(near)) or names
-        more = ", ..." if len(shown) > 8 else ""
         less = "" if self.exclude is None else f" without exclude={self.exclude.given!r}"
         return (
             f"select={self.select.given!r}{less} matches none of the {len(names)} parameters of {kind}; "
-            f"{'near matches' if near else 'its parameters are'}: {', '.join(shown[:8])}{more}"
+            f"{'near matches' if near else 'its parameters are'}: {first_names(shown, most=8)}"
         )
 
 
@@ -197,9 +196,9 @@ def _of_tensors(params: Any, select: Select | None, exclude: Select | None) -> l
     flat = [ref.name for ref in refs if not _is_matrix(ref.tensor)]  # type: ignore[arg-type]
     if select is None and flat and len(refs) > 1:
         warn(
-            f"biases or norm scales seem to be among the {len(refs)} tensors: {', '.join(flat[:4])}"
-            f"{', ...' if len(flat) > 4 else ''} have fewer than 2 dimensions of size above 1, and are penalized too. "
-            "Give the module or select='weights' to leave them out, or select='all' to silence this warning"
+            f"biases or norm scales seem to be among the {len(refs)} tensors, and are penalized too. These have fewer "
+            f"than 2 dimensions of size above 1: {first_names(flat)}. Give the module or select='weights' to leave "
+            "them out, or select='all' to silence this warning"
         )
     if select == "weights":
         refs = [ref for ref in refs if is_weight(ref, ref.key, ref.tensor)]  # type: ignore[arg-type]
@@ -219,8 +218,8 @@ def _of_tensor(index: int, entry: object) -> ParameterRef:
         )
     if not tensor.is_leaf:
         raise ValueError(
-            f"tensor {name!r} is no leaf: it was computed from other tensors, so an update of it would be lost. Pass "
-            "the parameters from which it was computed"
+            f"tensor {name!r} is not a leaf: it was computed from other tensors, so an update of it would be lost. "
+            "Pass the parameters from which it was computed"
         )
     if not (tensor.is_floating_point() or tensor.is_complex()):
         raise ValueError(f"tensor {name!r} has dtype {tensor.dtype}; it must be floating point or complex")

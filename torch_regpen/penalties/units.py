@@ -1,7 +1,7 @@
-"""Where the output units, input units and heads of a layer lie in its weights.
+"""The positions of output units, input units and heads in the weights of a layer.
 
-This depends on the type of the layer. An input channel of a grouped convolution lies in the filters that read it, a
-unit of an LSTM in one row of each gate, and a head of a fused attention projection in q, k and v.
+They depend on the type of the layer. An input channel of a grouped convolution is in the filters that read it, a unit
+of an LSTM in one row of each gate, and a head of a fused attention projection in q, k and v.
 """
 
 from __future__ import annotations
@@ -89,12 +89,12 @@ def grouping_of(groups: Groups | None, ref: ParameterRef, shape: torch.Size, sca
 
     Args:
         groups: see `Penalty`.
-        ref: the location of the parameter, which tells its layer.
+        ref: the location of the parameter, which identifies its layer.
         shape: the shape of the parameter.
         scale: see `NormGrouping`.
 
     Raises:
-        ValueError: the layer has another number of heads; see also `torch_regpen.groups.resolve`.
+        ValueError: the layer has a different number of heads; see also `torch_regpen.groups.resolve`.
         TypeError: see `torch_regpen.groups.resolve`.
     """
     if isinstance(groups, Heads):
@@ -132,7 +132,7 @@ def _units(ref: ParameterRef, shape: torch.Size, inputs: bool, scale: bool) -> N
 
 
 def recurrent_partner(ref: ParameterRef) -> torch.Tensor | None:
-    """For an input-to-hidden matrix the hidden-to-hidden matrix of the same units, and vice versa; else None."""
+    """For an input-to-hidden matrix, the hidden-to-hidden matrix of the same units, and vice versa; else None."""
     if not isinstance(ref.owner, nn.RNNBase | nn.RNNCellBase):
         return None
     for one, other in (("weight_ih", "weight_hh"), ("weight_hh", "weight_ih")):
@@ -150,7 +150,7 @@ def _holds_experts(ref: ParameterRef) -> bool:
 
 
 def _transposed_experts(ref: ParameterRef, shape: torch.Size) -> bool:
-    """Whether expert weights are (inputs, outputs), by an attribute of the module or else by the shapes."""
+    """Whether expert weights are (inputs, outputs): an attribute of the module says so, or else the shapes."""
     owner: Any = ref.owner
     says = getattr(owner, "is_transposed", None)
     if isinstance(says, bool):
@@ -229,7 +229,7 @@ class _Attention:
         self.query_rows = next((len(w) for w in weights if isinstance(w, torch.Tensor) and w.ndim > 1), None)
 
     def _number(self, *names: str) -> int | None:
-        """The first of these attributes found on a module or its config, innermost module first."""
+        """The first of these attributes on a module or its config, starting with the innermost module."""
         for module in self.modules:
             for source in (module, getattr(module, "config", None)):
                 for name in names:
@@ -244,7 +244,7 @@ class _Attention:
             raise ValueError(f"Heads({n}) on a layer of {self.heads} heads; with select=, choose layers of {n} heads")
 
     def shared_heads(self, n: int, rows: int) -> int:
-        """The number of heads of a key or value projection; smaller than `n` in grouped-query attention."""
+        """The number of heads of a key or value projection; less than `n` in grouped-query attention."""
         if self.query_rows is None or rows * n % self.query_rows:
             return n
         return rows * n // self.query_rows
@@ -272,7 +272,7 @@ class _Attention:
 
 
 def layers_before_norms(root: nn.Module) -> Iterator[nn.Module]:
-    """Yield the layers that seem to feed a BatchNorm or InstanceNorm: the next layer, of as many channels, is one."""
+    """Yield the layers that seem to feed a BatchNorm or InstanceNorm: it comes next and has as many channels."""
     layers = [module for module in root.modules() if isinstance(module, (*MULTIPLYING, _NormBase))]
     for layer, following in itertools.pairwise(layers):
         channels = getattr(layer, "out_channels", getattr(layer, "out_features", None))

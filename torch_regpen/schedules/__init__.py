@@ -1,4 +1,4 @@
-"""Lambda over time: call `step()` after `optimizer.step()`."""
+"""Schedules of lambda: call `step()` after `optimizer.step()`."""
 
 from .bound import Bound
 from .ramps import CosineRamp, LamScheduler, LinearRamp

@@ -1,4 +1,4 @@
-"""A bound on the size of the weights in place of lambda."""
+"""A bound on the size of the weights instead of a fixed lambda."""
 
 from __future__ import annotations
 
@@ -15,44 +15,45 @@ from ..ops.terms import Term, by_tensor
 from ..ops.value import mean_omega
 from ..optim.wrapper import RegularizedOptimizer
 from ..penalties.base import Penalty
+from ..utils import first_names
 
 __all__ = ["Bound"]
 
 MEASURED = ("initial", "warmup", "inflection")
 
-# Of "inflection", as in pytorch_cpr: a tensor's growth is read every INTERVAL steps, off an average that keeps KEPT of
-# itself in each step; a growth of less than LEAST of the average does not count.
+# For "inflection", as in pytorch_cpr: the growth of a tensor is read every INTERVAL steps from a moving average with
+# decay KEPT; growth by less than the fraction LEAST of the average does not count.
 INTERVAL, KEPT, LEAST = 200, 0.99, 0.01
 
 
 class Bound:
-    """Keeps the mean `Omega(w)/n` of each penalized tensor of `n` elements at or below a bound, in place of a lambda.
+    """Keeps the mean `Omega(w)/n` of each penalized tensor of `n` elements at or below a bound, by adapting lambda.
 
     Each tensor has a Lagrange multiplier `m`, at first 0. Its lambda is `lam * m`, so `lam=1` is the usual choice. Each
-    `step()` moves it along the violation: `m = max(0, m + rate * (Omega(w)/n - bound))` (constrained parameter
+    `step()` updates it by the violation: `m = max(0, m + rate * (Omega(w)/n - bound))` (constrained parameter
     regularization, CPR: Franke, Hefenbrock, Koehler and Hutter 2024). At the constrained optimum `lam * m` is the dual
     variable of the constraint `Omega(w) <= n * bound`. Nothing is read back from the device.
 
     CPR as published is `L2` or `L1` in mode "decoupled" with `rate=lambda *_: 1.0` in the `RegularizedOptimizer`; its
-    AdamCPR decays after the update, and this mode before the next one.
+    AdamCPR decays after the update, but this mode before the next update.
 
-    Call `step()` after each step of the optimizer. If some parameters have a gradient, the multipliers of those without
-    one rest, as their weights do; while zeros are frozen, those of the penalties that are off rest. Without further
-    steps the penalties keep the multipliers; `penalty.multipliers = {}` removes them. A penalty has one Bound: a new
-    one replaces the multipliers, and the old one can no longer step.
+    Call `step()` after each step of the optimizer. Multipliers of parameters without a gradient do not change, unless
+    no parameter has one. While zeros are frozen, multipliers of penalties that are turned off do not change. If you
+    stop calling `step()`, the penalties keep their multipliers; `penalty.multipliers = {}` removes them. A penalty has
+    one Bound: a new one replaces the multipliers, and the old one can no longer step.
 
     Args:
         optimizer: a `RegularizedOptimizer` without mode "dual".
         bound: the largest mean, in units of `Omega` per element (`w^2` for L2, `|w|` for L1): a number, 0 or more.
             "initial": the mean at construction, times `factor`. "warmup": the mean after `warmup` steps, times
-            `factor`. "inflection": the mean, times `factor`, when the growth of the tensor begins to slow down; read
-            every 200 steps, after 800 at the earliest.
+            `factor`. "inflection": the mean, times `factor`, when the growth of the tensor begins to slow down. This is
+            checked every 200 steps, from step 800 after the warmup.
         factor: the factor on a measured bound, more than 0.
-        warmup: the number of steps before the multipliers begin to move.
+        warmup: the number of steps before the multipliers begin to change.
         rate: the step size of the multipliers, more than 0.
 
     Attributes:
-        multipliers: the multipliers by name of the tensor, 0-dim tensors; for a sum of penalties a list of such dicts.
+        multipliers: a dict from the name of each tensor to its multiplier, a 0-dim tensor; for a sum, a list of dicts.
 
     Raises:
         TypeError: `optimizer` is not a `RegularizedOptimizer`; an argument is not a number.
@@ -89,8 +90,8 @@ class Bound:
             )
         if optimizer.averages:
             raise ValueError(
-                "mode='dual' sums lambda over steps, so no multiplier holds a bound in it; use mode='decoupled', "
-                "'coupled' or 'proximal'"
+                "mode='dual' multiplies lambda by the sum of all steps, so a multiplier cannot hold a bound; use "
+                "mode='decoupled', 'coupled' or 'proximal'"
             )
         if bound not in MEASURED if isinstance(bound, str) else _checked_number("bound", bound) < 0:
             raise ValueError(f"bound must be a number, 0 or more, or one of {MEASURED}, not {bound!r}")
@@ -104,7 +105,7 @@ class Bound:
         if not isinstance(bound, str) and factor != 1:
             raise ValueError(f"factor={factor:g} is a factor on a measured bound; give bound={factor * bound:g}")
         if not all(group["lam"] for group in optimizer.penalty.param_groups):
-            raise ValueError("every lambda must be more than 0, to be multiplied; lam=1 is the usual choice")
+            raise ValueError("every lambda must be more than 0, because it is multiplied; lam=1 is the usual choice")
         self.optimizer = optimizer
         self.bound = bound
         self.factor = float(factor)
@@ -112,18 +113,20 @@ class Bound:
         self.rate = float(rate)
         self.last_step = 0
         self._state: list[dict[str, dict[str, Tensor]]] = [{} for _ in optimizer.penalty.parts]
-        self._attached = [part.multipliers for part in optimizer.penalty.parts]  # those of a former Bound are replaced
+        self._attached = [
+            part.multipliers for part in optimizer.penalty.parts
+        ]  # multipliers of an earlier Bound are replaced
         self._attach(frozen=True)
 
     @property
     def multipliers(self) -> Any:
-        """The multipliers by name of the tensor, 0-dim tensors; for a sum of penalties a list of such dicts."""
+        """A dict from the name of each tensor to its multiplier, a 0-dim tensor; for a sum, a list of dicts."""
         found = [{name: state["multiplier"] for name, state in states.items()} for states in self._state]
         return found[0] if len(found) == 1 else found
 
     @torch.no_grad()
     def step(self) -> None:
-        """Move the multipliers, after `optimizer.step()`.
+        """Update the multipliers; call it after `optimizer.step()`.
 
         Raises:
             RuntimeError: a Bound that was constructed later has replaced the multipliers.
@@ -159,22 +162,20 @@ class Bound:
         return {"last_step": self.last_step, "tensors": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state that was saved.
+        """Load a saved state.
 
         Raises:
-            ValueError: it is of other penalties or other tensors, or of another kind of bound.
+            ValueError: it belongs to other penalties or tensors, or to another kind of bound.
         """
         self._attach(frozen=True)
         saved = state_dict["tensors"]
         if [set(states) for states in saved] != [set(states) for states in self._state]:
-            raise ValueError(
-                f"the state has multipliers for {[sorted(states) for states in saved]}, and the penalties have "
-                f"{[sorted(states) for states in self._state]}"
-            )
+            found, wanted = ([first_names(sorted(states)) for states in each] for each in (saved, self._state))
+            raise ValueError(f"the state has multipliers for {found}, but the penalties have {wanted}")
         for kept, others in zip(self._state, saved, strict=True):
             if any(others[name].keys() != state.keys() for name, state in kept.items()):
                 raise ValueError(
-                    f"the state is of another kind of bound than {self.bound!r}; load it into one like the saved one"
+                    f"the state does not belong to bound={self.bound!r}; load it into a Bound like the saved one"
                 )
         self.last_step = state_dict["last_step"]
         for states, others in zip(self._state, saved, strict=True):
@@ -183,7 +184,7 @@ class Bound:
                     state[key].copy_(x)
 
     def _attach(self, frozen: bool = False) -> None:
-        """Give each tensor of the penalties, as they are now, its multiplier."""
+        """Give each current tensor of the penalties its multiplier."""
         for i, (part, states) in enumerate(zip(self.optimizer.penalty.parts, self._state, strict=True)):
             attached = part.multipliers
             if attached and attached is not self._attached[i]:
@@ -218,7 +219,7 @@ class Bound:
         return state
 
     def _active(self) -> Iterator[tuple[dict[str, Tensor], list[Term]]]:
-        """The state and the terms of each tensor that the last step of the optimizer shrank."""
+        """Yield the state and the terms of each tensor that the last step of the optimizer penalized."""
         off: list[Penalty] = []
         if self.optimizer.zeros_are_frozen:
             off = (self.optimizer.zeroing_penalty or self.optimizer.penalty).parts

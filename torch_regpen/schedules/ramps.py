@@ -13,16 +13,17 @@ __all__ = ["CosineRamp", "LamScheduler", "LinearRamp", "checked_count", "scale_l
 
 
 class LamScheduler:
-    """`lam = base * fn(step)`, as torch's LambdaLR: `fn(0)` at once, then one step further at each `step()`.
+    """`lam = base * fn(step)`, like torch's LambdaLR: it applies `fn(0)` at once, and each `step()` adds 1 to `step`.
 
-    Each parameter group's, and each part of a sum's, own lambda is its base: the one that the user has set, also where
-    another schedule steers the penalty already.
+    The base is the lambda that the user has set, for each parameter group and each part of a sum. This holds even if
+    another schedule has already changed the lambda of the penalty.
 
     Args:
         penalty: a penalty, or a sum of them.
         fn: the factor as a function of the number of steps taken.
 
     Raises:
+        TypeError: `fn` is not a function.
         ValueError: a lambda is 0.
 
     Example:
@@ -37,6 +38,8 @@ class LamScheduler:
     """
 
     def __init__(self, penalty: Penalty, fn: Callable[[int], float]) -> None:
+        if not callable(fn):
+            raise TypeError(f"fn must be a function of the number of steps, such as lambda step: 0.5, not {fn!r}")
         self.penalty = penalty
         self.fn = fn
         self.base = list(map(_base, penalty.param_groups))
@@ -44,16 +47,16 @@ class LamScheduler:
         self._set()
 
     def step(self) -> None:
-        """One step further."""
+        """Add 1 to the number of steps, and set lambda."""
         self.last_step += 1
         self._set()
 
     def state_dict(self) -> dict[str, Any]:
-        """The base lambdas and the number of steps taken; not `fn`."""
+        """The base lambdas and the number of steps taken, without `fn`."""
         return {"base": list(self.base), "last_step": self.last_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state that was saved, and set lambda as it was there."""
+        """Load a saved state, and set lambda accordingly."""
         if len(state_dict["base"]) != len(self.base):
             raise ValueError(
                 f"the state has lambdas for {len(state_dict['base'])} groups, the penalty has {len(self.base)}"
@@ -69,7 +72,7 @@ class LamScheduler:
 
 
 class LinearRamp(LamScheduler):
-    """`lam = base * min(step/steps, 1)`: from 0 to the penalty's lambda in a line.
+    """`lam = base * min(step/steps, 1)`: linear from 0 to the penalty's lambda.
 
     Args:
         penalty: a penalty, or a sum of them.
@@ -119,13 +122,13 @@ class CosineRamp(LamScheduler):
 
 
 def _base(group: dict[str, Any]) -> float:
-    """The lambda that the user has set, whatever another schedule has made of it since."""
+    """The lambda that the user has set, even if another schedule has changed it since."""
     base, scheduled = group.get("scheduled", (0.0, None))
     lam = float(base if group["lam"] == scheduled else group["lam"])
     if lam == 0:
         raise ValueError(
-            "the base lambda of the schedule is 0, and so would be every lambda that it sets; give the penalty the "
-            "lambda that the schedule is to scale, and load a checkpoint afterwards"
+            "the base lambda of the schedule is 0, so every lambda that it sets would be 0; construct the penalty with "
+            "the lambda that the schedule should scale, and load a checkpoint afterwards"
         )
     return lam
 

@@ -1,8 +1,9 @@
-"""Lambda steered so that a given fraction of the weights becomes zero."""
+"""TargetSparsity: adapts lambda so that a given fraction of the weights becomes zero."""
 
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 import weakref
 from collections.abc import Callable
@@ -20,19 +21,21 @@ from .ramps import checked_count, scale_lambdas
 
 __all__ = ["TargetSparsity"]
 
-# Of TargetSparsity: the least number of readings in a ramp, up to one each MOST steps; the least number of elements, or
-# groups, that a reading takes, which tell the fraction of zeros to 0.3, or 0.6 points; how many of them stay nonzero,
-# at least, which tells the number of nonzeros to 3%; how far from the target counts as reached; the part of the steps
-# since a restart that pass without a reading; what a prox may round off.
+# READINGS: the usual number of readings in a ramp, with at most MOST steps between two.
+# ELEMENTS, GROUPS: the least size of the sample in a reading; its error is 0.3 or 0.8 percentage points of zeros.
+# NONZEROS: the least number of nonzeros in the sample; the error in the number of nonzeros is then 3%.
+# CLOSE: the distance from the target that counts as reached.
+# RECENT: after a restart, the gap between two readings is at most 1/RECENT of the steps since.
+# ROUNDING: a margin for the rounding errors of a prox or a ramp.
 READINGS, MOST = 100, 20
 ELEMENTS, GROUPS, NONZEROS = 1 << 15, 1 << 12, 1000
 CLOSE = 0.005
 RECENT = 10
 ROUNDING = 1e-4
 
-# In the proximal mode: where lambda starts, as a part of the one that shrinks the weights to zero in one ramp; the
-# factor by which it may change in 1/CHANGES of the ramp; what the ramp needs. Found by trial, on small networks under
-# SGD and Adam.
+# In the proximal mode, lambda starts at START times the lambda that shrinks the weights to the target in one ramp. It
+# may change by the factor FASTEST in 1/CHANGES of the ramp, which needs LEAST_STEPS steps and LEAST_READINGS readings.
+# These numbers were found by trial, on small networks with SGD and Adam.
 START = 0.01
 FASTEST, CHANGES = 1.2, 300
 LEAST_STEPS, LEAST_READINGS = 100, 30
@@ -43,33 +46,34 @@ def _cubic(x: float) -> float:
 
 
 class TargetSparsity:
-    """Steers lambda so that the fraction `target` of the elements is exactly zero after `steps` steps, and holds it.
+    """Adapts lambda so that the fraction `target` of the elements is exactly zero after `steps` steps, and stays so.
 
-    For a penalty over groups it is the fraction of groups; around a center, of elements at their center. The wanted
-    fraction follows `target * ramp(step/steps)`. Every `every` steps, lambda is read off the weights between the
-    optimizer's update and the prox: it is the lambda at which this prox makes the wanted fraction zero. The proportions
-    between the lambdas of parameter groups and of the parts of a sum stay; their size makes no difference.
+    For a penalty over groups, the target is a fraction of the groups; with a center, of elements at their center. The
+    wanted fraction follows `target * ramp(step/steps)`. Every `every` steps, a reading takes the weights between the
+    optimizer's update and the prox, and finds the lambda at which this prox makes the wanted fraction zero. The ratios
+    between the lambdas of parameter groups and of the parts of a sum are kept; their absolute size has no effect.
 
-    In the dual mode that is all. In the proximal mode lambda also says how fast all other weights shrink, so it starts
-    far below where they shrink to zero within the ramp, and changes by a limited factor from one reading to the next.
+    In the dual mode that is all. In the proximal mode lambda also sets how fast all other weights shrink. There it
+    starts far below the value that would shrink them to zero in the ramp, and each reading changes it by a limited
+    factor.
 
-    Elements without a gradient cannot become zero. Where they leave less than `target`, a warning says so once, and the
-    target is taken of the other elements alone.
+    Elements without a gradient cannot become zero. If the others are fewer than `target` needs, it warns once and
+    applies the target to the other elements only.
 
     Args:
         optimizer: a `RegularizedOptimizer` in the proximal or the dual mode. The lambdas of its penalty must be more
             than 0.
         target: the fraction, from 0 to less than 1.
-        steps: the number of steps after which it is reached. The proximal mode needs 100.
-        every: how many steps pass between two readings, each of which waits for the device; `steps / 100`, from 1 to
-            20, unless told otherwise. There is also one in the first step and one after `steps` steps.
-        ramp: from [0, 1] to [0, 1]; `1 - (1 - x)^3` unless told otherwise (Zhu and Gupta 2017).
-        freeze: call `optimizer.freeze_zeros()` once the target is reached. While zeros are frozen, lambda rests.
+        steps: the number of steps after which the target is reached. The proximal mode needs at least 100.
+        every: the number of steps between two readings, which synchronize with the device; by default `steps // 100`,
+            but from 1 to 20. There is also a reading in the first step and one after `steps` steps.
+        ramp: a function from [0, 1] to [0, 1]; by default `1 - (1 - x)^3` (Zhu and Gupta 2017).
+        freeze: call `optimizer.freeze_zeros()` once the target is reached. While zeros are frozen, lambda is constant.
 
     Raises:
-        TypeError: `optimizer` is no `RegularizedOptimizer`.
-        ValueError: it is in another mode; `target`, `steps` or `every` is out of range; a lambda is 0; the penalty
-            zeroes nothing, has N:M groups, which fix the fraction, or has the multipliers of a `Bound`.
+        TypeError: `optimizer` is not a `RegularizedOptimizer`; `target` is not a number; `ramp` is not a function.
+        ValueError: it is in another mode; `target`, `steps`, `every` or `ramp` is out of range; a lambda is 0; the
+            penalty zeroes nothing, has N:M groups, which fix the fraction, or has the multipliers of a `Bound`.
 
     Example:
         >>> import torch
@@ -107,6 +111,8 @@ class TargetSparsity:
                 f"the optimizer is in the {optimizer.mode!r} mode, where no lambda makes a given number of zeros; use "
                 "mode='dual' or 'proximal'"
             )
+        if not isinstance(target, float | numbers.Real):
+            raise TypeError(f"target must be a number, a fraction from 0 to less than 1, not {target!r}")
         if not 0 <= target < 1:
             raise ValueError(f"target must be a fraction from 0 to less than 1, not {target}")
         fixed = {str(term.grouping) for term in penalty.terms() if isinstance(term.grouping, NM)}
@@ -121,7 +127,10 @@ class TargetSparsity:
         self.target = target
         self.steps = checked_count("steps", steps)
         self.every = min(max(steps // READINGS, 1), MOST) if every is None else checked_count("every", every)
+        if not callable(ramp):
+            raise TypeError(f"ramp must be a function from [0, 1] to [0, 1], not {ramp!r}")
         self.ramp = ramp
+        self._ramp(1.0)
         self.freeze = freeze
         lams = [float(group["lam"]) for group in penalty.param_groups]
         if not all(lams):
@@ -129,9 +138,9 @@ class TargetSparsity:
         self.factor = max(lams)
         self.base = [lam / self.factor for lam in lams]
         self.last_step = 0
-        self.last_reading = 0  # the step that had it
+        self.last_reading = 0  # the step of the last reading
         self.next_reading = 1
-        self.restart = -RECENT * self.every  # the last step with frozen zeros, after which all begins anew
+        self.restart = -RECENT * self.every  # the last step with frozen zeros
         self.froze = False
         self._reached = self._warned = False
         self._warn_if_short()
@@ -153,7 +162,7 @@ class TargetSparsity:
             )
 
     def _attach(self) -> None:
-        # Weakly: a schedule that was replaced goes, and what it holds with it.
+        # A weak reference: the hook does not keep a replaced schedule alive.
         read = weakref.WeakMethod(self._read)
 
         def hook(*_: Any) -> None:
@@ -168,10 +177,10 @@ class TargetSparsity:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._attach()  # hooks do not come along with a copy of the optimizer
+        self._attach()  # a copy of the optimizer has no hooks
 
     def step(self) -> None:
-        """One step further, after `optimizer.step()`."""
+        """Count a step, and freeze zeros if due; call it after `optimizer.step()`."""
         self._check_multipliers()
         self.last_step += 1
         if self.freeze and not self.froze and self._reached:
@@ -179,11 +188,11 @@ class TargetSparsity:
             self.froze = True
 
     def state_dict(self) -> dict[str, Any]:
-        """All that it needs to go on."""
+        """The state of the schedule, without `target`, `steps` and other arguments."""
         return {name: getattr(self, name) for name in self._STATE}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state that was saved, and set lambda as it was there."""
+        """Load a saved state, and set lambda accordingly."""
         for name in self._STATE:
             setattr(self, name, state_dict[name])
         self._set(self.factor)
@@ -205,10 +214,10 @@ class TargetSparsity:
         count = self._count(factors)
         proximal = not self.optimizer.averages
         starts = proximal and not self.last_reading
-        wanted = self.target * (1.0 if starts else self.ramp(min(step / self.steps, 1.0)))
+        wanted = self.target * (1.0 if starts else self._ramp(min(step / self.steps, 1.0)))
         change = _between(factors, round(wanted * count))
         if change is None:
-            return  # as where lr is 0: no lambda makes any difference, and the next step is to be read
+            return  # lambda has no effect, for instance because lr is 0; read again in the next step
         if starts:
             change *= START / self.steps
         elif proximal:
@@ -219,8 +228,14 @@ class TargetSparsity:
         self._reached = step >= self.steps and zeros >= round(self.target * count) - CLOSE * count
         self.last_reading, self.next_reading = step, self._after(step)
 
+    def _ramp(self, x: float) -> float:
+        fraction = self.ramp(x)
+        if not -ROUNDING <= fraction <= 1 + ROUNDING:
+            raise ValueError(f"ramp must be from [0, 1] to [0, 1], but ramp({x:g}) is {fraction:g}")
+        return min(max(fraction, 0.0), 1.0)
+
     def _after(self, step: int) -> int:
-        """The step that has the next reading."""
+        """The step of the next reading."""
         if self.freeze and not self.froze and step >= self.steps:
             return step + 1
         regular = (step // self.every + 1) * self.every
@@ -241,7 +256,7 @@ class TargetSparsity:
         return zero_factors(work).cpu()
 
     def _count(self, factors: Tensor) -> int:
-        """Of how many the target is a fraction: of all, where it can be reached."""
+        """The number of factors that the target refers to: all, or if it cannot be reached, the finite ones."""
         count = len(factors)
         finite = factors < math.inf
         reachable = int(finite.sum())
@@ -251,7 +266,7 @@ class TargetSparsity:
             self._warned = True
             warnings.warn(
                 f"the target {self.target:g} cannot be reached: only {reachable / count:.3g} of the penalized elements "
-                f"(groups) have a gradient or are zero already. {self.target:g} of these will be zero, "
+                f"(groups) have a gradient or are already zero. {self.target:g} of these will be zero, which is "
                 f"{self.target * reachable / count:.3g} of all. Leave the others out of the penalty, or train them",
                 stacklevel=2,
             )
@@ -259,11 +274,11 @@ class TargetSparsity:
 
 
 def _between(factors: Tensor, count: int) -> float | None:
-    """The least factor, but for rounding, at which `count` of them are reached and the next is not.
+    """The least factor, up to rounding, that reaches `count` of the factors and no more.
 
-    Where more than these are 0, it is below the first that is not. None where there is none to go by.
+    If more than `count` of them are 0, it is below the smallest positive one. None if there is no such factor.
     """
-    # Two order statistics take a tenth of the time of sorting.
+    # Finding two order statistics takes a tenth of the time of sorting.
     low = float(factors.kthvalue(count).values) if count else 0.0
     high = float(factors.kthvalue(count + 1).values) if count < len(factors) else math.inf
     if high == 0:

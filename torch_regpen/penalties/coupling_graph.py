@@ -1,4 +1,4 @@
-"""Which layers write and read the same units, by following the units through the graph of a model."""
+"""Follow units through the graph of a model, to find the layers that write and read the same units."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .coupling_trace import Call, Trace
 
 __all__ = ["Flow", "Row"]
 
-ATTENTION = ("ScaledDotProduct", "Bmm")  # operations whose units are heads, of which there may be one
+ATTENTION = ("ScaledDotProduct", "Bmm")  # operations whose units are heads, even if there is only one
 
 
 class Row(NamedTuple):
-    """What writes a unit: a row of a part of a layer, or an index of a parameter that belongs to no known layer."""
+    """The row that writes a unit: in a part of a layer, or in a parameter that belongs to no known layer."""
 
     layer: nn.Module
     part: str
@@ -30,13 +30,13 @@ class Row(NamedTuple):
 class Flow:
     """The units of a model, followed from the rows that write them to the columns that read them.
 
-    Each result of an operation has a label for each element: the number of the row that wrote it.
+    Each element of each result has a label: the number of the row that wrote it.
 
     Attributes:
-        layers: the layers that the forward pass goes through, with the numbers of units that they put out and take in.
+        layers: the layers that the forward pass calls, with their numbers of output and input units.
         parameters: parameters outside of known layers, by owner and key, with the dimension along which units lie.
-        readers: what reads each row: layers with the index of the column.
-        marks: what each row goes through: `"output"`, `"attention"`, and norms that take the mean over units.
+        readers: for each row, the layers that read it, with the index of the column.
+        marks: what each row passes through: `"output"`, `"attention"`, and norms that take the mean over units.
     """
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -72,7 +72,7 @@ class Flow:
             self._mark(self._of(*source), "output")
 
     def find(self, row: Row) -> Row:
-        """The row that stands for all that are joined with `row`."""
+        """The row that represents all rows joined with `row`."""
         parent = self._parent.setdefault(row, row)
         while parent != row:
             self._parent[row] = self._parent[parent]
@@ -80,7 +80,7 @@ class Flow:
         return row
 
     def join(self, one: Row, other: Row) -> None:
-        """Make one unit of two."""
+        """Join two rows into one unit."""
         if one is not other:
             self._parent[self.find(other)] = self.find(one)
 
@@ -92,7 +92,7 @@ class Flow:
         return torch.tensor([self._numbers[row] for row in rows], dtype=torch.int64)
 
     def _of(self, fn: Any, number: int) -> Tensor | None:
-        """The labels of a result of a node, or of a parameter: for each unit one of the numbers of its rows."""
+        """The labels of a result of a node, or of a parameter. Joined rows have the same label."""
         labels = self._labels.get(getattr(fn, "variable", (fn, number)))
         if labels is None:
             return None
@@ -144,11 +144,11 @@ class Flow:
         return torch.stack([_along(each, -1, shape[1:]) for each in rows])
 
     def _read(self, layer: nn.Module, labels: Tensor) -> None:
-        """Note which columns of a layer read which rows."""
+        """Record which columns of a layer read which rows."""
         dim = channel_dim(layer, labels.shape)
         along = differs(labels)
         if along and dim % labels.ndim not in along:
-            return  # it mixes places, and each unit on its own
+            return  # the layer mixes places, not units
         per_group = layer.in_channels // layer.groups if isinstance(layer, _ConvNd) and layer.groups > 1 else 0
         columns = _along(torch.arange(labels.shape[dim]), dim, labels.shape)
         for label, column in _pairs(labels, columns):
@@ -158,7 +158,7 @@ class Flow:
                 self.readers[self._rows[label]].append((layer, column))
 
     def _pass(self, layer: nn.Module, labels: Tensor, own: Tensor, dim: int) -> Tensor:
-        """The labels of what a layer puts out that scales each of its inputs, such as a norm."""
+        """The labels of the output of a layer that scales each of its inputs, such as a norm."""
         along, over = differs(labels), set()
         if isinstance(layer, nn.GroupNorm) and layer.num_groups != layer.num_channels:
             over = {dim}
@@ -174,13 +174,13 @@ class Flow:
                 for label, column in _pairs(own, _along(torch.arange(own.shape[dim]), dim, own.shape)):
                     self.readers[self._rows[label]].append((layer, column))
             return own
-        for each in over:  # a norm of each head, say, which has the same scale for all heads
+        for each in over:  # such as a norm of each head, with one scale for all heads
             labels = fold(labels, each, self._join_all).expand_as(labels)
         return labels
 
 
 def _along(labels: Tensor, dim: int, shape: Sequence[int]) -> Tensor:
-    """One label for each index of a dimension, for all elements of a tensor."""
+    """Expand one label per index of a dimension to all elements of a tensor."""
     view = [1] * len(shape)
     view[dim] = -1
     return labels.view(view).expand(tuple(shape))
@@ -194,5 +194,5 @@ def _pairs(one: Tensor, other: Tensor) -> list[list[int]]:
 
 
 def _stored(labels: Tensor) -> tuple[slice, ...]:
-    """The part of expanded labels that lies in memory, which can be expanded to all of them."""
+    """The index of the stored part of expanded labels."""
     return tuple(slice(None) if stride else slice(0, 1) for stride in labels.stride())

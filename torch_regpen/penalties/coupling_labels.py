@@ -1,7 +1,7 @@
-"""What operations do to labels: for each element of a tensor the number of the row that wrote it, or -1.
+"""How operations change labels. The label of an element is the number of the row that wrote it, or -1.
 
-Operations that move elements are applied to the labels themselves. Labels are expanded along the dimensions in which
-they are all the same, so that they take little memory.
+Operations that move elements are applied to the labels themselves. To save memory, labels are expanded along dimensions
+in which they do not differ.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 
 __all__ = ["NONE", "Join", "Shape", "after", "differs", "fold", "narrowed"]
 
-NONE = -1  # the label of what no row wrote
+NONE = -1  # the label of an element that no row wrote
 Shape = Sequence[int]
-Join = Callable[[Tensor, Tensor], None]  # makes the labels of two tensors, element by element, labels of the same unit
+Join = Callable[[Tensor, Tensor], None]  # joins the units of two tensors, element by element
 
 VIEWS = ("View", "UnsafeView", "ReshapeAlias", "_ReshapeAlias", "Squeeze", "Unsqueeze")
 PRODUCTS = ("Mul", "Div")
@@ -47,15 +47,15 @@ MOVES: dict[str, Callable[[Any, Tensor, int], Tensor]] = {
 def after(
     fn: Any, number: int, inputs: Sequence[Tensor | None], given: Sequence[Shape], shape: Shape, join: Join
 ) -> Tensor | None:
-    """The labels of a result of an operation, None where no row wrote it.
+    """The labels of a result of an operation; None if no row wrote it.
 
     Args:
         fn: the node of the autograd graph.
         number: which of its results.
-        inputs: the labels of its inputs, None where no row wrote them.
-        given: the shapes of what `torch.cat` was given.
+        inputs: the labels of its inputs; None for an input that no row wrote.
+        given: the shapes of the inputs of `torch.cat`.
         shape: the shape of the result.
-        join: makes one unit of the units of two results.
+        join: joins the units of two tensors.
     """
     labelled = [x for x in inputs if x is not None]
     if not labelled:
@@ -83,13 +83,13 @@ def after(
 
 
 def differs(x: Tensor) -> list[int]:
-    """The dimensions along which the labels are not the same."""
+    """The dimensions along which the labels differ."""
     several = [dim for dim in range(x.ndim) if x.shape[dim] > 1 and x.stride(dim)]
     return [dim for dim in several if bool((x != x.narrow(dim, 0, 1)).any())]
 
 
 def narrowed(x: Tensor) -> Tensor:
-    """The same labels, expanded along the dimensions in which they are the same."""
+    """The same labels, expanded along the dimensions in which they do not differ."""
     kept, shape = set(differs(x)), x.shape
     for dim in range(x.ndim):
         if dim not in kept:
@@ -98,9 +98,9 @@ def narrowed(x: Tensor) -> Tensor:
 
 
 def fold(x: Tensor, dim: int, join: Join) -> Tensor:
-    """The labels of what is computed from all elements along a dimension, which gets size 1.
+    """The labels of a result that mixes all elements along a dimension, which gets size 1.
 
-    It has the labels of units of which each extends along this dimension, such as heads, whose rows become one unit.
+    A unit that extends along this dimension, such as a head, keeps its label, and its rows become one unit.
     """
     first, along = x.narrow(dim, 0, 1), differs(x)
     if dim % x.ndim not in along:
@@ -112,10 +112,9 @@ def fold(x: Tensor, dim: int, join: Join) -> Tensor:
 
 
 def _merged(inputs: list[Tensor], is_product: bool, shape: Shape, join: Join) -> Tensor:
-    """The labels of what is computed element by element.
+    """The labels of a result that is computed elementwise.
 
-    A factor that does not tell the units apart, such as a gate or the scale of a norm that all heads share, leaves them
-    as they are.
+    A factor that is the same for all units, such as a gate or the scale that all heads share, does not change them.
     """
     expanded = [x.expand(tuple(shape)) for x in inputs]
     along = [set(differs(x)) for x in expanded]
@@ -139,7 +138,7 @@ def _merged(inputs: list[Tensor], is_product: bool, shape: Shape, join: Join) ->
 
 
 def _fitted(fn: Any, x: Tensor, shape: Shape, join: Join) -> Tensor:
-    """The labels of an input where the result is, of an operation that reduces or resizes some dimensions."""
+    """The labels of an input, in the shape of the result, for an operation that reduces or resizes dimensions."""
     if _fits(x.shape, shape):
         return x
     dims = getattr(fn, "_saved_dim", None)
@@ -183,14 +182,14 @@ def _attention(inputs: Sequence[Tensor | None], shape: Shape, join: Join) -> Ten
 
 
 def _repeated(x: Tensor, shape: Shape) -> Tensor:
-    """Keys and values may have fewer heads, each of which serves several queries."""
+    """Repeat the heads of keys and values, if each serves several heads of queries."""
     if x.ndim < 3 or x.shape[-3] == shape[-3]:
         return x
     return x.repeat_interleave(shape[-3] // x.shape[-3], -3)
 
 
 def _joined_heads(factors: list[Tensor], join: Join) -> bool:
-    """Join what lies in the same matrices of a batch of them, if the matrices belong to different units."""
+    """Join the rows of each matrix in a batch of matrices, if the matrices belong to different units."""
     if all(dim >= x.ndim - 2 for x in factors for dim in differs(x)):
         return False
     heads = [x[..., :1, :1] for x in factors]

@@ -1,7 +1,7 @@
-"""One run of a model, recorded: the layers that it calls and the operations between them.
+"""Record one run of a model: the layers that it calls and the operations between them.
 
-Torch-Pruning (Fang et al. 2023) finds the parameters that belong to no layer; its rules for indices are not used,
-because they guess shapes.
+Torch-Pruning (Fang et al. 2023) finds the parameters that belong to no layer. Its index rules are not used, because
+they guess shapes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Call(NamedTuple):
 
 
 class _RecordConcatenations(TorchFunctionMode):
-    """Records the shapes of what `torch.cat` is given."""
+    """Records the shapes of the inputs of `torch.cat`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,8 +57,8 @@ class Trace:
     Attributes:
         calls: the calls of known layers.
         parameters: parameters outside of known layers, with the dimension along which units lie.
-        returned: what the model returns.
-        given: the shapes of what is concatenated, by node.
+        returned: the tensors that the model returns.
+        given: the shapes of the inputs of `torch.cat`, by node.
     """
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -68,7 +68,7 @@ class Trace:
         class Graph(tp.DependencyGraph):  # type: ignore[misc]
             def _build_dependency(self, module2node: dict[Any, Any]) -> None:
                 self.nodes = dict(module2node)
-                module2node.clear()  # so that nothing more is made of it
+                module2node.clear()  # Torch-Pruning then builds nothing more from it
 
         record = _RecordConcatenations()
         self.calls: list[Call] = []
@@ -154,13 +154,13 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def copied_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers of a model by name, for `functional_call`, so that the model's own stay as they are."""
+    """Copies of the buffers of a model, by name, for `functional_call`, which may change them."""
     return {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 
 @contextmanager
 def kept_contents(model: nn.Module) -> Iterator[None]:
-    """Afterwards the dicts and lists of all modules have the contents that they had: no hook, nothing cached."""
+    """At the end, restore the contents of the dicts and lists of all modules, such as hooks and caches."""
     kept = [
         (x, copy.copy(x)) for module in model.modules() for x in vars(module).values() if isinstance(x, dict | list)
     ]
@@ -173,7 +173,7 @@ def kept_contents(model: nn.Module) -> Iterator[None]:
 
 
 class _Operation(torch.autograd.Function):
-    """Results that depend on inputs, as one node of the autograd graph, which is never run backward."""
+    """One node of the autograd graph from inputs to results. It is never run backward."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -186,7 +186,7 @@ class _Operation(torch.autograd.Function):
 
 @contextmanager
 def _as_one_operation(modules: list[nn.Module]) -> Iterator[None]:
-    """Within it each of the modules is one node of the autograd graph, whatever it does inside."""
+    """Make each of the modules one node of the autograd graph, whatever it does inside."""
     before = {module: module.__dict__.get("forward") for module in modules}
 
     def stand_in(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -195,7 +195,7 @@ def _as_one_operation(modules: list[nn.Module]) -> Iterator[None]:
                 out = forward(*args, **kwargs)
             results = list(tensors_in(out))
             inputs = list(tensors_in((args, list(kwargs.values()))))
-            inputs.append(torch.zeros((), requires_grad=True))  # so that there is a node, also where no input has one
+            inputs.append(torch.zeros((), requires_grad=True))  # makes a node even if no input requires grad
             return _replace(out, iter(_Operation.apply(len(results), *results, *inputs)))
 
         return run

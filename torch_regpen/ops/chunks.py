@@ -173,9 +173,11 @@ def spread_scalars(ws: Sequence[Tensor], *xs: Tensor) -> tuple[Tensor, ...]:
         ws: the pack.
         xs: each has one number per tensor, or is 0-dim and returned unchanged.
     """
+    if not any(x.ndim for x in xs):
+        return xs
     if len(ws) == 1:
         return tuple(x[0] if x.ndim else x for x in xs)
-    if xs[0].device.type != "cpu":  # elsewhere the sizes would have to be copied to the device
+    if any(x.ndim and x.device.type != "cpu" for x in xs):  # the sizes would have to be copied to the device
         return tuple(joined([y.expand_as(w) for y, w in zip(x, ws, strict=True)]) if x.ndim else x for x in xs)
     sizes = [w.numel() for w in ws]
     index = torch.repeat_interleave(torch.tensor(sizes, device="cpu"), output_size=sum(sizes))

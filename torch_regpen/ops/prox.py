@@ -107,7 +107,7 @@ def scale_(term: Term, w: Tensor, t: float | Tensor) -> None:
 def zero_lengths_(batch: TensorBatch) -> None:
     """If a direction of a weight under weight_norm has become zero, set its length to zero instead.
 
-    The weight is `length * direction / ||direction||`, which is 0/0 for a zero direction, so it gets a tiny value.
+    The weight is `length * direction / ||direction||`, which is 0/0 for a zero direction. The direction becomes tiny.
     """
     for terms in batch.normalized:
         direction, length = terms[0].tensor, terms[0].length

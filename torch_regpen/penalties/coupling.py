@@ -71,7 +71,7 @@ def coupled_units(model: nn.Module, example_inputs: Inputs) -> tuple[list[UnitSe
     Raises:
         ImportError: Torch-Pruning is not installed.
         TypeError: the example inputs are neither a tensor, a tuple nor a dict.
-        ValueError: the model has lazy parameters that were not initialized.
+        ValueError: the model has lazy parameters that were not initialized, or returns no floating-point tensor.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     for name, parameter in model.named_parameters():

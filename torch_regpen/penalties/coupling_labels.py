@@ -21,19 +21,19 @@ Join = Callable[[Tensor, Tensor], None]  # joins the units of two tensors, eleme
 
 VIEWS = ("View", "UnsafeView", "ReshapeAlias", "_ReshapeAlias", "Squeeze", "Unsqueeze")
 PRODUCTS = ("Mul", "Div")
-MATRIX_PRODUCTS = ("Mm", "Bmm", "Addmm", "Addbmm", "Baddbmm")
+MATRIX_PRODUCTS = ("Mm", "Bmm", "Addmm", "Baddbmm")
 
 MOVES: dict[str, Callable[[Any, Tensor, int], Tensor]] = {
     "ChannelShuffle": lambda fn, x, _: F.channel_shuffle(x, fn._saved_groups),
-    "ConstantPadNd": lambda fn, x, _: F.pad(x, fn._saved_pad, value=NONE),
-    "Flip": lambda fn, x, _: x.flip(fn._saved_dims),
+    "ConstantPadNd": lambda fn, x, _: F.pad(x, _all_signed(fn._saved_pad), value=NONE),
+    "Flip": lambda fn, x, _: x.flip(_all_signed(fn._saved_dims)),
     "Index": lambda fn, x, _: x[tuple(slice(None) if index is None else index.cpu() for index in fn._saved_indices)],
     "IndexSelect": lambda fn, x, _: x.index_select(_dim(fn._saved_dim, x), fn._saved_index.cpu()),
     "Permute": lambda fn, x, _: x.permute([_dim(dim, x) for dim in fn._saved_dims]),
     "PixelShuffle": lambda fn, x, _: F.pixel_shuffle(x, fn._saved_upscale_factor),
     "PixelUnshuffle": lambda fn, x, _: F.pixel_unshuffle(x, fn._saved_downscale_factor),
     "Repeat": lambda fn, x, _: x.repeat(fn._saved_repeats),
-    "Roll": lambda fn, x, _: x.roll(fn._saved_shifts, fn._saved_dims),
+    "Roll": lambda fn, x, _: x.roll(_all_signed(fn._saved_shifts), _all_signed(fn._saved_dims)),
     "Select": lambda fn, x, _: x.select(_dim(fn._saved_dim, x), _signed(fn._saved_index)),
     "Slice": lambda fn, x, _: _slice(fn, x),
     "Split": lambda fn, x, number: x.split(fn._saved_split_size, _dim(fn._saved_dim, x))[number],
@@ -41,6 +41,7 @@ MOVES: dict[str, Callable[[Any, Tensor, int], Tensor]] = {
     "T": lambda _fn, x, _: x.t(),
     "Transpose": lambda fn, x, _: x.transpose(_dim(fn._saved_dim0, x), _dim(fn._saved_dim1, x)),
     "Unbind": lambda fn, x, number: x.unbind(_dim(fn._saved_dim, x))[number],
+    "ViewAsReal": lambda _fn, x, _: x.unsqueeze(-1).expand(*x.shape, 2),
 }
 
 
@@ -63,7 +64,7 @@ def after(
     name, x = fn.name().split("Backward")[0], labelled[0]
     if name in MOVES:
         return narrowed(MOVES[name](fn, x, number))
-    if name.startswith(VIEWS):
+    if name in VIEWS:
         return narrowed(x.reshape(tuple(shape)))
     if name == "Cat" and len(given) == len(inputs):
         pairs = zip(inputs, given, strict=True)
@@ -75,6 +76,8 @@ def after(
         one, other = x.chunk(2, _dim(fn._saved_dim, x))
         join(one, other)
         return narrowed(one)
+    if name == "ViewAsComplex":
+        return fold(x, -1, join)[..., 0]
     if name in MATRIX_PRODUCTS:
         return _matrix_product(inputs, shape, join)
     if name.startswith("ScaledDotProduct"):
@@ -102,6 +105,8 @@ def fold(x: Tensor, dim: int, join: Join) -> Tensor:
 
     A unit that extends along this dimension, such as a head, keeps its label, and its rows become one unit.
     """
+    if not x.shape[dim]:
+        return _none([1 if place == dim % x.ndim else size for place, size in enumerate(x.shape)])
     first, along = x.narrow(dim, 0, 1), differs(x)
     if dim % x.ndim not in along:
         return first
@@ -216,6 +221,10 @@ def _slice(fn: Any, x: Tensor) -> Tensor:
 
 def _signed(number: int) -> int:
     return number - 2**64 if number >= 2**63 else number  # autograd saves -1 as an unsigned number
+
+
+def _all_signed(numbers: Sequence[int]) -> list[int]:
+    return [_signed(number) for number in numbers]
 
 
 def _dim(number: int, x: Tensor) -> int:

@@ -45,7 +45,7 @@ class _RecordConcatenations(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") in ("cat", "concat", "concatenate", "hstack", "column_stack"):
-            tensors = [*args, *(kwargs or {}).values()][0]
+            tensors = args[0] if args else kwargs["tensors"]
             if out.grad_fn is not None:
                 self.given[out.grad_fn] = [tuple(tensor.shape) for tensor in tensors]
         return out
@@ -83,7 +83,13 @@ class Trace:
             finally:
                 for hook in hooks:
                     hook.remove()
-            tensors = [tensor for tensor in tensors_in(out) if tensor.grad_fn is not None]
+            results = list(tensors_in(out))
+            if not results:
+                raise ValueError(
+                    f"{type(model).__name__} returned {type(out).__name__}, without a floating-point tensor to test "
+                    "its units by; pass a module that returns a tensor, or a tuple, list or dict of tensors"
+                )
+            tensors = [tensor for tensor in results if tensor.grad_fn is not None]
             self.returned += map(_source, tensors)
             return tensors
 
@@ -120,10 +126,13 @@ class Trace:
         def before(layer: nn.Module, args: Any, kwargs: Any) -> None:
             inputs[layer] = tuple(map(_source, tensors_in((args, list(kwargs.values())))))
 
-        def afterwards(layer: nn.Module, _: Any, out: Any) -> None:
+        def afterwards(layer: nn.Module, _: Any, out: Any) -> Any:
+            if isinstance(out, Tensor) and out._is_view() and _source(out) not in inputs[layer]:
+                out = out.clone()  # an in-place change of a view would bypass its node
             outputs = tuple(_source(tensor) for tensor in tensors_in(out) if tensor.grad_fn is not None)
             if outputs and not set(outputs) & set(inputs[layer]):
                 self.calls.append(Call(layer, inputs[layer], outputs))
+            return out
 
         layers = [module for module in model.modules() if port_widths(module) is not None]
         hooks: list[Any] = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]

@@ -113,9 +113,8 @@ class Bound:
         self.rate = float(rate)
         self.last_step = 0
         self._state: list[dict[str, dict[str, Tensor]]] = [{} for _ in optimizer.penalty.parts]
-        self._attached = [
-            part.multipliers for part in optimizer.penalty.parts
-        ]  # multipliers of an earlier Bound are replaced
+        # Multipliers of an earlier Bound are replaced.
+        self._attached = [part.multipliers for part in optimizer.penalty.parts]
         self._attach(frozen=True)
 
     @property

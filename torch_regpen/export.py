@@ -77,8 +77,8 @@ def prune_masks(penalty_or_model: Penalty | nn.Module, *, select: Select | None 
 
     A parameter `NAME` with zeros becomes `NAME_orig * NAME_mask` at each forward. `NAME_orig` is the same tensor as
     before, so an optimizer keeps it; `NAME_mask` is a buffer of zeros and ones.
-    `torch.nn.utils.prune.remove(module, NAME)` makes it a plain parameter again, with its zeros. Build new penalties on
-    the model afterwards.
+    `torch.nn.utils.prune.remove(module, NAME)` makes it a plain parameter again, with its zeros. Penalties follow the
+    parameter to its new name and back.
 
     Args:
         penalty_or_model: a penalty, for the parameters that it penalizes, or a model.

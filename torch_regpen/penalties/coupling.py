@@ -178,7 +178,7 @@ class _Coupling:
     def _reason(self, unit: _Unit) -> str | None:
         """Why a unit cannot be removed according to the graph, or None."""
         if any(row.layer not in self.flow.layers for row in unit.rows if row[:2] not in self.flow.parameters):
-            return "the forward pass in eval mode does not call it"
+            return "the forward pass in eval mode does not call it, or calls it without gradients"
         if "output" in unit.marks:
             return "its units are outputs of the model"
         norm = next((module for module in self.names if module in unit.marks), None)

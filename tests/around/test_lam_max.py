@@ -131,5 +131,5 @@ def test_of_free_coordinates_that_are_not_fitted_only_the_others_count():
 
 def test_a_gradient_that_is_not_finite_is_named():
     model = linear()
-    with pytest.raises(ValueError, match="'weight', is not finite"):
+    with pytest.raises(ValueError, match="'weight' at zero is not finite"):
         lam_max(L1(model, 1.0), lambda: sse(model) * math.nan)

@@ -96,9 +96,9 @@ def _stacked(xs: list[Tensor]) -> Tensor:
     return xs[0] if all(x is xs[0] for x in xs) else torch.stack(xs)
 
 
-def quotient(numerator: Tensor, most: float | Tensor) -> Tensor:
-    """`numerator / most`, and 0 for 0/0 (if lr is 0). It hides NaN, which callers still see in the numerator."""
-    return (numerator / most).nan_to_num(0, math.inf)
+def quotient(numerator: Tensor, denominator: float | Tensor) -> Tensor:
+    """`numerator / denominator`, and 0 for 0/0 (for instance because lr is 0) and for NaN."""
+    return (numerator / denominator).nan_to_num_(0, math.inf, -math.inf)
 
 
 def is_scalar(x: float | Tensor) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..distributed.shards import full_tensor
 from ..groups.grouping import Elements, working_dtype
 from .chunks import Slicer
+from .step import quotient
 from .terms import Term, TermPenalty, separable_dims
 
 __all__ = ["makes_zeros", "sampled", "stride_for", "zero_factors"]
@@ -125,7 +126,7 @@ def zero_factors(work: Iterable[tuple[list[Term], Steps | None]]) -> Tensor:
         u = torch.cat(us).abs()
         u = u.to(working_dtype(u.dtype))
         m = torch.cat(ms) if isinstance(ms[0], Tensor) else ms[0]  # type: ignore[arg-type]
-        factors.append(_quotient(u if penalty is None else _thresholds(penalty, u), m))
+        factors.append(quotient(u if penalty is None else _thresholds(penalty, u), m))
     return torch.cat([x.to(factors[0].device) for x in factors]) if factors else torch.zeros(0)
 
 
@@ -149,7 +150,7 @@ def _magnitudes(terms: list[Term], step: Steps) -> tuple[TermPenalty | None, Ten
     if not elements and (not isinstance(step, Tensor) or step.ndim == 0):
         return None, grouping.polar(x)[0], step * sum(groups)
     # Divide each element by its step: in these units all steps are 1.
-    slopes = _quotient(x.to(working_dtype(x.dtype)), step)
+    slopes = quotient(x.to(working_dtype(x.dtype)), step)
     if not elements:
         return None, grouping.polar(slopes)[0], sum(groups)
     return None, _root(slopes.abs(), sum(elements), sum(groups), grouping), 1.0
@@ -169,13 +170,8 @@ def _root(slopes: Tensor, elements: Steps, groups: Steps, grouping: Any) -> Tens
         slope = (direction * elements * (left > 0)).reshape(grouping.view(slopes).shape)
         (total,) = grouping.totals(slope)
         falls = total / grouping.count(slopes.shape) + groups
-        f = f + _quotient((rms - f * groups).clamp_min(0), falls)
+        f = f + quotient((rms - f * groups).clamp_min(0), falls)
     return f
-
-
-def _quotient(u: Tensor, m: Steps) -> Tensor:
-    """`u / m`, and 0 for 0/0 and for NaN."""
-    return (u / m).nan_to_num_(0, math.inf, -math.inf)
 
 
 def _thresholds(penalty: TermPenalty, u: Tensor) -> Tensor:

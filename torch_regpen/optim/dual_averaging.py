@@ -10,7 +10,6 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import reduce
 from typing import Any
 
 import torch
@@ -227,7 +226,8 @@ def counted(terms: list[Term], step: Step) -> float | Tensor:
 
 @on_local_shards
 def _counted(terms: list[Term], size: Tensor, max_change: float | Tensor) -> Tensor:
-    slope = reduce(torch.add, map(_slope, terms)).clamp_min(torch.finfo(size.dtype).tiny)
+    first, *rest = map(_slope, terms)
+    slope = sum(rest, start=first).clamp_min(torch.finfo(size.dtype).tiny)
     return torch.minimum(size, max_change / slope)
 
 

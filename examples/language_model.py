@@ -11,7 +11,8 @@ into training, validation and test. All methods get the same initial weights, ba
 - `L0 50%`, `L0 80%`: dual averaging steered to so many zeros; lambda is that of AdamW's decay beside it.
 
     python examples/language_model.py                                             14 minutes of a busy core
-    python examples/language_model.py --steps 3000 --width 192 --layers 6 --seeds 5 --resume runs/lm.jsonl
+    python examples/language_model.py --steps 2000 --batch 128 --width 192 --layers 6 --files 40 \
+        --seeds 3 --device cuda --jobs 6 --resume runs/lm.jsonl
 
 `--resume` names a file of finished trainings: an interrupted comparison goes on from there.
 """
@@ -36,7 +37,7 @@ from torch_regpen.compare import Comparison, compare
 from torch_regpen.compare.methods import MethodLike
 from torch_regpen.schedules import Bound, LamScheduler
 
-LR, WARMUP, BATCH, CONTEXT = 2e-3, 0.1, 16, 64
+LR, WARMUP, CONTEXT = 2e-3, 0.1, 64
 USUAL = 0.05  # lambda of the L2 that is AdamW's usual decay of 0.1
 
 LAMBDAS = {
@@ -83,24 +84,25 @@ class LanguageModel(nn.Module):
         return self.head(self.blocks(self.token(x) + self.place.weight[: x.shape[1]]))
 
 
-def load_data(files: int, seed: int) -> dict[str, Tensor]:
+def load_data(files: int, device: str, seed: int) -> dict[str, Tensor]:
     """The bytes of the standard library's modules, dealt by file: 80% to train, 10% and 10%; the same for all seeds."""
     found = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).tolist()
     texts = [found[i].read_bytes() for i in order][:files]
     tenth = max(len(texts) // 10, 1)
     parts = {"test": texts[:tenth], "validation": texts[tenth : 2 * tenth], "train": texts[2 * tenth :]}
-    return {name: torch.frombuffer(bytearray(b"\n".join(part)), dtype=torch.uint8) for name, part in parts.items()}
+    joined = {name: torch.frombuffer(bytearray(b"\n".join(part)), dtype=torch.uint8) for name, part in parts.items()}
+    return {name: text.to(device) for name, text in joined.items()}
 
 
 def make_model(width: int, layers: int, data: Mapping[str, Tensor]) -> nn.Module:
-    """The network."""
-    return LanguageModel(width, layers)
+    """The network, where the data is."""
+    return LanguageModel(width, layers).to(data["train"].device)
 
 
 def windows(text: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
     """Stretches of the text, and the same one byte later."""
-    rows = text[starts.unsqueeze(1) + torch.arange(CONTEXT + 1)].long()
+    rows = text[starts.unsqueeze(1) + torch.arange(CONTEXT + 1, device=text.device)].long()
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -122,6 +124,7 @@ def make_optimizer(params: Any) -> torch.optim.Optimizer:
 
 def fit(
     steps: int,
+    batch_size: int,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     penalty: Callable[[], Tensor | float],
@@ -129,8 +132,9 @@ def fit(
 ) -> None:
     """An ordinary training loop."""
     scheduler = LambdaLR(optimizer, partial(warmup_and_cosine, steps))
+    text = data["train"]
     for _ in range(steps):
-        batch = windows(data["train"], torch.randint(len(data["train"]) - CONTEXT, (BATCH,)))
+        batch = windows(text, torch.randint(len(text) - CONTEXT, (batch_size,), device=text.device))
         loss = loss_of(model, batch) + penalty()
         optimizer.zero_grad()
         loss.backward()
@@ -143,7 +147,7 @@ def score(model: nn.Module, data: Mapping[str, Tensor]) -> dict[str, float]:
     """The loss in bits per byte, negative since higher is to be better, on stretches that are always the same."""
     scores = {}
     for name in ("validation", "test"):
-        starts = torch.linspace(0, len(data[name]) - CONTEXT - 1, 256).long()
+        starts = torch.linspace(0, len(data[name]) - CONTEXT - 1, 256, device=data[name].device).long()
         losses = [loss_of(model, windows(data[name], part)) for part in starts.split(64)]
         scores[name] = -torch.stack(losses).mean().item() / math.log(2)
     return scores
@@ -222,25 +226,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train, choose lambda, print and plot."""
     parser = argparse.ArgumentParser(description="Weight decay in its variants, on a small language model.")
     parser.add_argument("--steps", type=int, default=150, help="optimizer steps of a training")
+    parser.add_argument("--batch", type=int, default=16, help="stretches of text in a step")
     parser.add_argument("--width", type=int, default=64, help="a multiple of 16")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--files", type=int, default=80, help="source files of the standard library")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at the same time, in processes of their own")
     parser.add_argument("--quick", action="store_true", help="one lambda for each method: shows that it runs")
     parser.add_argument("--resume", type=Path, help="a file of finished trainings, from which to go on")
     parser.add_argument("--plot", type=Path, default=Path("runs/language_model.png"), help="the picture to write")
     options = parser.parse_args(argv)
+    if options.device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")
 
     comparison = compare(
         methods(options.steps),
         {name: lams[1:2] if options.quick else lams for name, lams in LAMBDAS.items()},
-        data=partial(load_data, options.files),
+        data=partial(load_data, options.files, options.device),
         make_model=partial(make_model, options.width, options.layers),
         make_optimizer=make_optimizer,
-        fit=partial(fit, options.steps),
+        fit=partial(fit, options.steps, options.batch),
         score=score,
         seeds=range(options.seeds),
         resume=options.resume,
+        n_jobs=options.jobs,
         progress=True,
     )
     report(comparison)

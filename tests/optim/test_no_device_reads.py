@@ -12,6 +12,7 @@ from torch import optim
 
 from torch_regpen import L1, GroupLasso, RegularizedOptimizer
 from torch_regpen.groups import NormGrouping
+from torch_regpen.optim import step_size
 
 # Each penalty beside its formula, as a user would write it in the loss.
 kinds = pytest.mark.parametrize("kind", FORMULAS)
@@ -40,7 +41,8 @@ READ_FREE = {
 @kinds
 @pytest.mark.parametrize("optimizer", READ_FREE)
 def test_no_value_is_read_back_that_the_bare_optimizer_does_not_read(device, mode, kind, optimizer, monkeypatch):
-    monkeypatch.setattr(NormGrouping, "all_known", lambda *_: False)  # which reads on a CPU, and nowhere else
+    monkeypatch.setattr(NormGrouping, "all_known", lambda *_: False)  # these two read on a CPU, and nowhere else
+    monkeypatch.setattr(step_size, "_all_equal", lambda *_: False)
     bare, ours = network(device), network(device)
     plain, wrapped = READ_FREE[optimizer](bare), READ_FREE[optimizer](ours)
     wrapped = RegularizedOptimizer(wrapped, FORMULAS[kind][0](ours), mode)

@@ -177,8 +177,9 @@ def spread_scalars(ws: Sequence[Tensor], *xs: Tensor) -> tuple[Tensor, ...]:
         return xs
     if len(ws) == 1:
         return tuple(x[0] if x.ndim else x for x in xs)
-    if any(x.ndim and x.device.type != "cpu" for x in xs):  # the sizes would have to be copied to the device
-        return tuple(joined([y.expand_as(w) for y, w in zip(x, ws, strict=True)]) if x.ndim else x for x in xs)
-    sizes = [w.numel() for w in ws]
-    index = torch.repeat_interleave(torch.tensor(sizes, device="cpu"), output_size=sum(sizes))
+    sizes = torch.tensor([w.numel() for w in ws], device="cpu")
+    device = next(x.device for x in xs if x.ndim)
+    if device.type != "cpu":
+        sizes = sizes.to(device, non_blocking=True)
+    index = torch.repeat_interleave(sizes, output_size=sum(w.numel() for w in ws))
     return tuple(x.index_select(0, index) if x.ndim else x for x in xs)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..groups.grouping import working_dtype
 from .chunks import Slicer
 
-__all__ = ["Step", "adaptive", "is_scalar", "quotient", "same_number"]
+__all__ = ["Step", "adaptive", "is_scalar", "on_device_of", "quotient", "same_number"]
 
 
 @dataclass(slots=True, eq=False)
@@ -99,6 +99,16 @@ def _stacked(xs: list[Tensor]) -> Tensor:
 def quotient(numerator: Tensor, denominator: float | Tensor) -> Tensor:
     """`numerator / denominator`, and 0 for 0/0 (for instance because lr is 0) and for NaN."""
     return (numerator / denominator).nan_to_num_(0, math.inf, -math.inf)
+
+
+def on_device_of(like: Tensor, x: float | Tensor) -> float | Tensor:
+    """A 0-dim tensor on the device of `like`, without waiting for that device; a number is returned unchanged.
+
+    An lr may be a tensor on the CPU while the weights are on another device, where some operations refuse it.
+    """
+    if not isinstance(x, Tensor) or x.device == like.device:
+        return x
+    return x.to(like.device, non_blocking=like.device.type != "cpu")  # a copy to the CPU has to be waited for
 
 
 def is_scalar(x: float | Tensor) -> bool:

@@ -18,7 +18,7 @@ from ..ops.closed_forms import check_prox
 from ..ops.decay import Combination, decay_, decay_where_inward_
 from ..ops.gradient import add_grad_, check_grad
 from ..ops.prox import prox_
-from ..ops.step import Step, adaptive, same_number
+from ..ops.step import Step, adaptive, on_device_of, same_number
 from ..ops.terms import Term, sliced
 from ..ops.value import total_value
 from . import dual_averaging
@@ -175,7 +175,7 @@ class Decoupled(Mode):
         for group in owners:
             if id(group) not in rates:
                 rates[id(group)] = self.decay.factor(self.optimizer, group)
-        each = [rates[id(group)] for group in owners]
+        each = [on_device_of(batch.tensors[0], rates[id(group)]) for group in owners]
         if not isinstance(batch, JointBatch) or all(same_number(rate, each[0]) for rate in each):
             return each[0]
         return batch.spread(each)

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from ..ops.batches import TensorBatch
 from ..ops.decay import Combination
+from ..ops.step import on_device_of
 
 __all__ = ["next_updates"]
 
@@ -30,7 +31,8 @@ def next_updates(optimizer: Optimizer, batch: TensorBatch) -> list[Combination] 
     for w, grad, group in zip(batch.tensors, batch.grads, groups, strict=True):
         sign = -1 if group["maximize"] else 1
         combination = rule(sign, grad, optimizer.state.get(w, {}), group)
-        found.append([(_sign(group["lr"]) * factor, x) for factor, x in combination])
+        moves = _sign(on_device_of(w, group["lr"]))
+        found.append([(moves * factor, x) for factor, x in combination])
     return found
 
 

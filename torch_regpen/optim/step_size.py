@@ -17,7 +17,7 @@ from torch import Tensor, optim
 from torch.optim import Optimizer
 
 from ..groups.grouping import largest, working_dtype
-from ..ops.step import Step
+from ..ops.step import Step, on_device_of
 
 __all__ = [
     "Metric",
@@ -35,7 +35,9 @@ Metric = str | Callable[[Optimizer, Tensor, dict[str, Any]], float | Tensor]
 def steps_of(optimizer: Optimizer, parameters: Sequence[Tensor], group: dict[str, Any], metric: Metric) -> list[Step]:
     """The step of `optimizer` for a unit gradient of each parameter, right after it has updated them."""
     if callable(metric):
-        return [Step(metric(optimizer, parameter, group)) for parameter in parameters]
+        return [Step(on_device_of(parameter, metric(optimizer, parameter, group))) for parameter in parameters]
+    if isinstance(group.get("lr"), Tensor):
+        group = {**group, "lr": on_device_of(parameters[0], group["lr"])}
     rule = _rule(optimizer) if metric == "auto" else None
     if rule is None or rule is _sgd:  # the same step for all
         step = Step(group["lr"]) if rule is None else _sgd(parameters[0], {}, group)
@@ -104,11 +106,18 @@ def _adam_steps(states: Sequence[State], group: Group) -> list[Step]:
     # exp(n*log(beta)), because inductor would compute beta^n again for each element.
     log = beta.log() if isinstance(beta, Tensor) else math.log(beta or sys.float_info.min)
     updates = torch.stack([state["step"] for state in states]).to(working_dtype(moments[0].dtype))
-    root = (1 - (log * updates).exp()).sqrt().to(moments[0].device, non_blocking=True)
-    numerators = (root * group["lr"]).unbind()
-    eps = (root * group["eps"] + torch.finfo(root.dtype).tiny).unbind()
+    root: Any = on_device_of(moments[0], (1 - (log * updates).exp()).sqrt())
+    numerators, eps = root * group["lr"], root * group["eps"] + torch.finfo(root.dtype).tiny
+    if _all_equal(updates):  # the steps share their numbers, which then need not be repeated for each element
+        numerators, eps = ([x[0]] * len(states) for x in (numerators, eps))
     max_change = _max_change(group)
     return [Step(n, max_change, moment=moment, eps=e) for n, moment, e in zip(numerators, moments, eps, strict=True)]
+
+
+def _all_equal(x: Tensor) -> bool:
+    """Whether all elements are known to be equal; False on other devices, to avoid synchronization."""
+    known = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return known and torch.equal(x, x[:1].expand_as(x))
 
 
 def _sparse_adam(parameter: Tensor, state: State, group: Group) -> Step:

@@ -12,7 +12,7 @@ from helpers.kinds import KINDS
 from torch import nn, optim
 
 from torch_regpen import L1, L2, GroupLasso, RegularizedOptimizer
-from torch_regpen.ops import compiled, kernels
+from torch_regpen.ops import compiled, compiled_groups, kernels
 
 PENALTIES = {**KINDS, "GroupLasso": GroupLasso, "L0 over groups": partial(KINDS["L0"], groups="output")}
 MODES = ["coupled", "decoupled", "proximal", "dual"]
@@ -91,6 +91,17 @@ def test_steps_are_those_of_the_eager_mode(kind, mode, optimizer, dtype, calls):
 def test_the_kernel_is_called(kind, mode, optimizer, kernel, calls):
     trained(PENALTIES[kind], mode, OPTIMIZERS[optimizer], True)
     assert kernel.__name__ in calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("mode", ["proximal", "dual"])
+@pytest.mark.parametrize("lr", [0.01, 0.0])
+def test_one_kernel_for_all_newton_steps_has_the_same_results(mode, dtype, lr, calls, monkeypatch):
+    """As on CUDA, here on a CPU."""
+    monkeypatch.setattr(compiled_groups, "_calls_are_slow", lambda x: True)
+    run = partial(trained, PENALTIES["GroupLasso"], mode, partial(optim.Adam, lr=lr), dtype=dtype)
+    assert_same(run(compile=True), run(compile=False), dtype)
+    assert "shrink_all_" in calls or "average_all_" in calls
 
 
 @pytest.mark.parametrize("mode", ["proximal", "dual"])

@@ -51,6 +51,10 @@ def shrink_groups_(terms: list[Term], step: Step) -> bool:
         return False
     x, m = groups.views
     radius = _column(x, step.numerator * groups.radius)
+    if _calls_are_slow(x):
+        run(kernels.shrink_all_, x, radius, m, eps, scalar(most * math.sqrt(groups.size)))
+        increment_version(terms[0].tensor)
+        return True
     sums = _Sums(x, radius, m, eps)
     theta = root(sums, groups.grouping)
     change = run(kernels.change_norm, *sums.arguments, theta).clamp_min_(torch.finfo(x.dtype).tiny)  # 0 where lr is 0
@@ -75,11 +79,21 @@ def average_groups_(terms: list[Term], gap: Tensor, sums: Tensor, step: Step) ->
     most, zero = quotient(step.numerator, max_change), norm == 0  # type: ignore[arg-type]
     slope = (most * groups.radius / norm).masked_fill_(zero, 0)
     least = zero * (most * groups.lam)
-    run(kernels.add_steps_, w, d, s, m, step.numerator, eps, slope, least, _column(w, groups.radius))
+    added = w, d, s, m, step.numerator, eps, slope, least, _column(w, groups.radius)
+    if _calls_are_slow(w):
+        run(kernels.average_all_, *added, scalar(max_change))
+        increment_version(terms[0].tensor)
+        return True
+    run(kernels.add_steps_, *added)
     theta = root(_Sums(w, d), groups.grouping)
     run(kernels.shrink_latent_, w, d, s, m, theta, scalar(max_change))
     increment_version(terms[0].tensor)
     return True
+
+
+def _calls_are_slow(x: Tensor) -> bool:
+    """Whether a kernel for all Newton steps is faster than one for each, which stop early on a CPU only."""
+    return x.is_cuda
 
 
 def _scale_groups_(terms: list[Term], gap: Tensor, sums: Tensor) -> bool:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..groups.grouping import working_dtype
+from ..groups.layouts import Slices
+from .root_search import TensorSums, root
 
 
 def total(w: Tensor, linear: Tensor, quadratic: Tensor | None) -> Tensor:
@@ -150,6 +152,38 @@ def shrink_latent_(w: Tensor, r: Tensor, sums: Tensor, moment: Tensor, theta: Te
     w.copy_(w - torch.where(seen, change, torch.clamp(change, -max_change, max_change)))
     r.copy_(torch.where(seen, change, 0))
     sums.copy_(torch.where(seen, sums, 0))
+
+
+def shrink_all_(x: Tensor, r: Tensor, moment: Tensor, eps: Tensor, most: Tensor) -> None:
+    """The whole prox of a group lasso: `shrink_` with the root of each row, which changes by at most `most` in norm.
+
+    It takes all Newton steps, also where fewer would do. On a GPU that costs less than a kernel for each step.
+    """
+    theta = _root(x, _radii(r, moment, eps))
+    change = change_norm(x, r, moment, eps, theta).clamp_min(torch.finfo(x.dtype).tiny)  # 0 where lr is 0
+    shrink_(x, r, moment, eps, theta, (most / change).clamp_max(1))
+
+
+def average_all_(
+    w: Tensor,
+    gap: Tensor,
+    sums: Tensor,
+    moment: Tensor,
+    numerator: Tensor,
+    eps: Tensor,
+    slope: Tensor,
+    least: Tensor,
+    radius: Tensor,
+    max_change: Tensor,
+) -> None:
+    """A whole step of dual averaging: `add_steps_`, then `shrink_latent_` with the root of each row."""
+    add_steps_(w, gap, sums, moment, numerator, eps, slope, least, radius)
+    shrink_latent_(w, gap, sums, moment, _root(w, gap), max_change)
+
+
+def _root(x: Tensor, r: Tensor) -> Tensor:
+    rows = Slices(0)
+    return root(TensorSums(x, r, rows), rows)
 
 
 def _radii(r: Tensor, moment: Tensor | None, eps: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..groups.norms import NormGrouping
 
-__all__ = ["GroupSums", "root", "shrink_factors"]
+__all__ = ["GroupSums", "TensorSums", "root", "shrink_factors"]
 
 NEWTON_STEPS = 16  # 800,000 groups that were made to be hard needed at most 13
 
@@ -61,11 +61,15 @@ def root(sums: GroupSums, grouping: NormGrouping) -> Tensor:
     return theta
 
 
-class _EagerSums:
+class TensorSums:
     """`GroupSums` of a view of a tensor in which groups lie along whole dimensions."""
 
     def __init__(
-        self, x: Tensor, r: Tensor, grouping: NormGrouping, buffers: tuple[Tensor | None, Tensor | None]
+        self,
+        x: Tensor,
+        r: Tensor,
+        grouping: NormGrouping,
+        buffers: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> None:
         self.x, self.r, self.grouping = x, r, grouping
         self.distance, self.squares = buffers
@@ -104,5 +108,5 @@ def shrink_factors(
         grouping: the groups of the view.
         buffers: memory of the shape of `x` for temporaries, or None for new memory. The result is in the first.
     """
-    sums = _EagerSums(x, r, grouping, buffers)
+    sums = TensorSums(x, r, grouping, buffers)
     return sums.factors(root(sums, grouping))

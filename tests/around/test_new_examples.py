@@ -58,7 +58,7 @@ def test_the_shrunk_resnet_is_smaller_and_as_large_as_the_pruned_one(capsys, tmp
     pytest.importorskip("torch_pruning")
     pytest.importorskip("matplotlib")
     file = tmp_path / "picture.png"
-    argv = ("--epochs", "6", "--width", "8", "--targets", "0.5", "--plot", str(file))
+    argv = ("--epochs", "6", "--width", "8", "--targets", "0.5", "--round-to", "1", "--plot", str(file))
     out = printed("shrink_resnet.py", capsys, *argv)
     errors = list(map(float, re.findall(r"no output differs by more than (\S+)", out)))
     assert max(errors) < 1e-4

@@ -536,3 +536,34 @@ def test_a_compiled_model_is_shrunk():
     model, x = mlp(), torch.randn(2, 6)
     zero_half(model, x)
     assert type(shrink(torch.compile(model, backend="eager"), x)) is nn.Sequential
+
+
+# The number of units that stay
+
+
+@pytest.mark.parametrize("name", ["mlp", "vgg", "resnet18", "mobilenet_v2", "vit", "gpt2", "gru"])
+def test_round_to_leaves_a_multiple_of_units_and_the_outputs(name):
+    model, inputs, sets, _, smallest = case(name)
+    x = inputs(2)
+    smaller = shrink(model, x, round_to=5)
+    assert count(smallest) < count(smaller) < count(model)
+    assert close(out(smaller, x), out(model, x))
+    before, after = ({units.name: units.count for units in some} for some in (sets, coupled_units(smaller, x)[0]))
+    assert before.keys() == after.keys()
+    assert all(after[name] % 5 == 0 or after[name] == before[name] for name in before)
+
+
+def test_round_to_counts_constant_units_too():
+    model, x = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2)), torch.randn(3, 4)
+    with torch.no_grad():
+        model[0].weight[:7] = 0  # of these 7 units, 3 are zero and 4 have a constant output
+        model[0].bias[:3] = 0
+    widths = [shrink(model, x, round_to=n)[0].out_features for n in (1, 3, 4, 8, 10, 16, 32)]
+    assert widths == [9, 9, 12, 16, 10, 16, 16]
+    assert close(out(shrink(model, x, round_to=10), x), out(model, x))
+
+
+@pytest.mark.parametrize("bad", [0, -8, 2.0, True, "8"])
+def test_round_to_must_be_a_whole_number(bad):
+    with pytest.raises(ValueError, match="round_to must be a whole number, 1 or more"):
+        shrink(mlp(), torch.randn(1, 6), round_to=bad)

@@ -153,6 +153,16 @@ def _pads_with_zeros(module: nn.Module) -> bool:
     return max(module.kernel_size) > 1 if module.padding == "same" else any(module.padding)
 
 
+def zero_units(slices: Sequence[Slices]) -> list[int]:
+    """The units whose slices are all zero."""
+    zero = torch.ones(len(slices[0].index), dtype=torch.bool)
+    for part in slices:
+        parameter: Tensor = getattr(part.module, part.key).detach()
+        alive = (parameter != 0).movedim(part.dim, 0).reshape(parameter.shape[part.dim], -1).any(1).cpu()
+        zero &= ~alive[part.index].any(1)
+    return zero.nonzero().flatten().tolist()
+
+
 def _dead_units(sets: Sequence[UnitSet], obstacle: Callable[[UnitSet, int], str]) -> dict[UnitSet, dict[int, str]]:
     """The units without weights, with the result of `obstacle` for each.
 

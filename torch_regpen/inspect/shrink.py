@@ -22,7 +22,7 @@ from ..penalties.coupling import Inputs, UnitSet, arguments_in, coupled_units, e
 from ..penalties.coupling_layers import Slices, port_widths, resize, rows
 from ..penalties.coupling_trace import copied_buffers, kept_contents, tensors_in
 from ..utils import first_names, warn
-from .folding import Folding, Map
+from .folding import Folding, Map, zero_units
 
 __all__ = ["shrink"]
 
@@ -34,7 +34,7 @@ HEADS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_head
 WIDTHS = ("attn_dim", "all_head_size", "split_size", "inner_dim")
 
 
-def shrink(model: nn.Module, example_inputs: Inputs) -> nn.Module:
+def shrink(model: nn.Module, example_inputs: Inputs, *, round_to: int = 1) -> nn.Module:
     """A copy of a model without its zero units: it has smaller layers and the same outputs up to rounding.
 
     A unit is one group of `Coupled`: a neuron, a channel, an attention head, a unit of an LSTM. It is removed if
@@ -60,6 +60,9 @@ def shrink(model: nn.Module, example_inputs: Inputs) -> nn.Module:
     Args:
         model: the model; it is not changed.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments to call the model with.
+        round_to: keep so many zero units that the number of units left in each layer is a multiple of this, if the
+            layer has that many. Kernels are fastest for multiples of 8 or 16: on ONNX Runtime, 64 channels can take
+            less time than 58.
 
     Returns:
         The copy, in the mode of the model.
@@ -67,7 +70,8 @@ def shrink(model: nn.Module, example_inputs: Inputs) -> nn.Module:
     Raises:
         ImportError: Torch-Pruning is not installed.
         TypeError: the model is not a module, or the example inputs are neither a tensor, a tuple nor a dict.
-        ValueError: a parameter is sharded, masked by torch.nn.utils.prune, or not initialized.
+        ValueError: a parameter is sharded, masked by torch.nn.utils.prune, or not initialized; `round_to` is not a
+            whole number of 1 or more.
 
     Example:
         >>> import torch
@@ -83,10 +87,12 @@ def shrink(model: nn.Module, example_inputs: Inputs) -> nn.Module:
           (2): Linear(in_features=3, out_features=2, bias=True)
         )
     """
+    if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
+        raise ValueError(f"round_to must be a whole number, 1 or more, but got {round_to!r}")
     smaller = copied_model(model)
     sets, left = coupled_units(smaller, example_inputs)
     with in_eval_mode(smaller):
-        shrinking = Shrinking(smaller, example_inputs)
+        shrinking = Shrinking(smaller, example_inputs, round_to)
         shrinking.name_left(sets, left)
         shrinking.remove(shrinking.cuts(sets))
     shrinking.warn_about_what_stays("units that are zero")
@@ -132,8 +138,9 @@ class Shrinking:
         stay: the units that are kept, with the reasons, for a message.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Inputs) -> None:
+    def __init__(self, model: nn.Module, example_inputs: Inputs, round_to: int = 1) -> None:
         self.model = model
+        self.round_to = round_to
         self.args, self.kwargs = arguments_in(example_inputs)
         self.stay: list[str] = []
         self.names = {module: name for name, module in model.named_modules()}
@@ -164,19 +171,24 @@ class Shrinking:
                 reason = "the layers and directions of a recurrent layer must keep the same number of units"
             for units, zero in cut:
                 self.name_staying(units.name, len(zero[most:]), reason)
-            if most:
-                found.append([(units, zero[:most]) for units, zero in cut])
+            removed = self._rounded(together[0].count, most)
+            if removed:
+                found.append([(units, zero[:removed]) for units, zero in cut])
             for units, zero in cut:
                 for why, count in Counter(filter(None, dead[units].values())).items():
-                    self.name_staying(
-                        units.name, count, f"their weights are zero, but a bias or a norm is not, and {why}"
-                    )
+                    reason = f"their weights are zero, but a bias or a norm is not, and {why}"
+                    self.name_staying(units.name, count, reason)
                 constant = [unit for unit, why in dead[units].items() if not why][: units.count - 1 - len(zero)]
                 if obstacle:
                     self.name_staying(units.name, len(constant), obstacle)
                 elif constant:
-                    found.append([(units, constant)])
+                    more = self._rounded(units.count, most + len(constant)) - removed
+                    found += [[(units, (zero[removed:most] + constant)[:more])]] if more else []
         return found
+
+    def _rounded(self, count: int, removable: int) -> int:
+        """The number of units to remove, of `removable` ones, so that a multiple of `round_to` is left of `count`."""
+        return max(count - -(-(count - removable) // self.round_to) * self.round_to, 0)
 
     def remove(self, cuts: list[Cut]) -> None:
         """Make the cuts that do not change the outputs."""
@@ -299,16 +311,6 @@ class Shrinking:
                     value = vars(parent).get(name)
                     if type(value) is int and value % units.count == 0:
                         setattr(parent, name, value // units.count * (units.count - leaving))
-
-
-def zero_units(slices: Sequence[Slices]) -> list[int]:
-    """The units whose slices are all zero."""
-    zero = torch.ones(len(slices[0].index), dtype=torch.bool)
-    for part in slices:
-        parameter = _parameter(part).detach()
-        alive = (parameter != 0).movedim(part.dim, 0).reshape(parameter.shape[part.dim], -1).any(1).cpu()
-        zero &= ~alive[part.index].any(1)
-    return zero.nonzero().flatten().tolist()
 
 
 def _with_common_rnn(sets: Sequence[UnitSet]) -> list[list[UnitSet]]:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..penalties.coupling import UnitSet, coupled_units
-from .shrink import Cut, Shrinking, copied_model, in_eval_mode, zero_units
+from .folding import zero_units
+from .shrink import Cut, Shrinking, copied_model, in_eval_mode
 
 __all__ = ["shrink_inputs"]
 

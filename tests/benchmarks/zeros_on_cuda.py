@@ -60,10 +60,10 @@ def networks():
         + "|---" * 5
         + "|"
     )
-    resnets = {"ResNet-18": torchvision.models.resnet18, "ResNet-50": torchvision.models.resnet50}
-    chosen = {name: (make, torch.randn(1, 3, 224, 224)) for name, make in resnets.items()}
-    for name, (make, x) in (chosen | NETWORKS).items():
-        pair = [without(lambda make=make: make().cuda(), x.cuda(), gone) for gone in (0.0, 0.5)]
+    chosen = {"ResNet-18": (torchvision.models.resnet18, torch.randn(1, 3, 224, 224))}
+    chosen |= {name: NETWORKS[name] for name in ("ViT-S/16", "BERT, 4 layers")}
+    for name, (make, x) in chosen.items():
+        pair = [make().cuda().eval(), without(lambda make=make: make().cuda(), x.cuda(), 0.5)]
         counts = [operations(model, x.cuda()) for model in pair]
         if any(isinstance(layer, nn.BatchNorm2d) for layer in pair[0].modules()):
             pair = list(map(fused, pair))

@@ -10,6 +10,8 @@ from torch import nn, optim
 
 from torch_regpen import GroupLasso, RegularizedOptimizer, SparseGroupLasso
 from torch_regpen.groups import Blocks, Heads
+from torch_regpen.ops.chunks import CPU, CUDA
+from torch_regpen.ops.thresholds import zero_factors
 
 SHAPES = [(3, 4), (7,), (2, 3, 2), (1,), (5, 5)]
 MATRICES = [(3, 4), (5, 4), (2, 6), (2, 2, 2), (4, 6), (6, 4)]  # rows of 4, and of 6; columns of 2, 3, 4, 5 and 6
@@ -121,3 +123,33 @@ def test_groups_of_one_size_take_one_norm(kind, mode, optimizer):
     few, many = ([(3, 4)] * n if kind != "blocks" else [(n, 4) for n in range(2, 2 + n)] for n in (2, 5))
     arguments = GROUPED[kind], mode, OPTIMIZERS[optimizer]
     assert 0 < launches(many, *arguments) == launches(few, *arguments)
+
+
+@pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "ASGD"])
+@pytest.mark.parametrize("mode", ["proximal", "dual"])
+@pytest.mark.parametrize("kind", ["output", "blocks", "sparse", "rows of L0"])
+def test_the_factors_on_lambda_of_groups_together_are_those_of_each_alone(kind, mode, optimizer):
+    make = partial(optim.ASGD, lr=0.1) if optimizer == "ASGD" else OPTIMIZERS[optimizer]
+    weights = [torch.randn(shape, dtype=torch.float64) for shape in MATRICES]
+    gradients = random_gradients(weights)
+
+    def factors(indices):
+        ws = [nn.Parameter(weights[i].clone()) for i in indices]
+        wrapped = RegularizedOptimizer(make(ws), GROUPED[kind]([(str(i), w) for i, w in enumerate(ws)], 0.02), mode)
+        for step in gradients:
+            for i, w in zip(indices, ws, strict=True):
+                w.grad = step[i].clone()
+            wrapped.step()
+        return zero_factors(wrapped.before_prox(lambda terms: lambda x: x))
+
+    try:
+        together = factors(range(len(weights)))
+    except ValueError:
+        pytest.skip("not a step of this kind in this mode and metric")
+    alone = torch.cat([factors([i]) for i in range(len(weights))])
+    torch.testing.assert_close(together.sort().values, alone.sort().values, rtol=1e-4, atol=1e-6)
+
+
+def test_a_pack_is_one_chunk_of_groups():
+    """Numbers for each row of a pack are not divided into chunks."""
+    assert all(sizes.pack <= sizes.group_chunk for sizes in (CPU, CUDA))

@@ -19,7 +19,7 @@ from .chunks import batch_indices, joined, spread_scalars
 from .step import Step, adaptive, same_number
 from .terms import Joint, Term, by_tensor, coefficients, gathered
 
-__all__ = ["JointBatch", "TensorBatch", "as_one_tensor", "batches", "is_packed"]
+__all__ = ["JointBatch", "TensorBatch", "as_one_tensor", "batches"]
 
 GRAD = attrgetter("grad")
 
@@ -241,16 +241,12 @@ def _largest(changes: list[float | Tensor]) -> float | Tensor:
     return torch.stack([torch.as_tensor(change, dtype=like.dtype, device=like.device) for change in changes]).amax()
 
 
-def is_packed(batch: TensorBatch) -> bool:
-    """Whether the batch has several tensors that can be joined into one flat tensor."""
-    return len(batch.tensors) > 1 and not isinstance(batch, JointBatch) and local(batch.tensors[0]) is batch.tensors[0]
-
-
 def as_one_tensor(batch: TensorBatch, steps: Sequence[Step]) -> tuple[TensorBatch, list[Step]]:
     """Copy a batch of several tensors into a batch of one tensor, with its step; return other batches unchanged."""
     if isinstance(batch, JointBatch):
         return batch.matrix(), [batch.step(steps)]
-    step = _joined_step(batch, steps) if is_packed(batch) else None
+    single = len(batch.tensors) == 1 or local(batch.tensors[0]) is not batch.tensors[0]
+    step = None if single else _joined_step(batch, steps)
     return (batch, list(steps)) if step is None else (batch.joined(), [step])
 
 

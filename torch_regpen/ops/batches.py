@@ -266,5 +266,5 @@ def _joined_step(batch: TensorBatch, steps: Sequence[Step]) -> Step | None:
     most: list[Any] = [step.max_change for step in steps]
     max_change = most[0]
     if not all(same_number(x, max_change) for x in most):
-        (max_change,) = batch.repeat(torch.stack(most).to(sizes[0].device, non_blocking=True))
+        (max_change,) = batch.repeat(torch.stack(most))
     return Step(batch.join(sizes), max_change, batch.join(unseen) if len(unseen) == len(steps) else None)

@@ -77,6 +77,9 @@ class AcrossShards(NormGrouping):
     def size(self, shape: torch.Size) -> int:
         return self.grouping.size(self.shape)
 
+    def row_length(self, shape: torch.Size) -> int | None:
+        return None  # only a part of each group is on this rank
+
     def norm(self, x: Tensor) -> Tensor:
         if self.norms is not None and not torch.is_grad_enabled():
             return self.norms

@@ -103,6 +103,16 @@ class NormGrouping(Grouping):
     def count(self, shape: torch.Size) -> int:
         return self.size(shape) if self.scale else 1
 
+    def row_length(self, shape: torch.Size) -> int | None:
+        """The size of a group if the groups are the rows of a reshaped contiguous tensor; None if they are not."""
+        w = torch.empty(shape, device="meta")
+        x = self.view(w)
+        dims = self.dims(x.ndim)
+        in_order = x.is_contiguous() and torch._C._is_alias_of(x, w)  # type: ignore[attr-defined]
+        if not in_order or sorted(dims) != list(range(x.ndim - len(dims), x.ndim)):
+            return None
+        return math.prod(x.shape[dim] for dim in dims)
+
     def magnitudes_shape(self, shape: torch.Size) -> torch.Size:
         sizes = list(self.view(torch.empty(shape, device="meta")).shape)
         for dim in self.dims(len(sizes)):

@@ -13,31 +13,35 @@ from torch import Tensor
 
 from ..distributed.shards import local
 from ..groups.grouping import working_dtype
+from ..groups.layouts import Slices
 from . import compiled, foreach
 from .chunks import batch_indices, joined, spread_scalars
 from .step import Step, adaptive, same_number
 from .terms import Joint, Term, by_tensor, coefficients, gathered
 
-__all__ = ["JointBatch", "TensorBatch", "as_one_tensor", "batches", "is_packed"]
+__all__ = ["JointBatch", "TensorBatch", "as_one_tensor", "batches"]
 
 GRAD = attrgetter("grad")
 
 
 @dataclass(eq=False)
 class TensorBatch:
-    """One tensor with all its terms, or several tensors with the same uniform terms, processed together.
+    """One tensor with all its terms, or several tensors that can be joined since they have the same terms.
 
     Attributes:
         each: the terms of each tensor.
         tensors: the tensors.
         group: the param_group of the optimizer that owns the tensors; empty outside an optimizer.
         compiled: whether operations go through torch.compile where they can.
+        row_length: the size of a group, if the joined tensors are a matrix with a group in each row; None if they are a
+            flat tensor.
     """
 
     each: list[list[Term]]
     tensors: list[Tensor]
     group: dict[str, Any]
     compiled: bool = field(default=False, kw_only=True)
+    row_length: int | None = field(default=None, kw_only=True)
 
     @property
     def terms(self) -> list[Term]:
@@ -94,6 +98,30 @@ class TensorBatch:
         if len(indices) == len(self.tensors):
             return self
         return replace(self, each=[self.each[i] for i in indices], tensors=[self.tensors[i] for i in indices])
+
+    def joined(self) -> TensorBatch:
+        """The batch of a single tensor, a copy of the tensors."""
+        w = self.join(self.tensors)
+        terms = [replace(term, tensor=w) for term in self.terms]
+        if self.row_length is not None:
+            terms = [replace(t, grouping=Slices(0, scale=t.grouping.scale)) if t.grouped else t for t in terms]  # type: ignore[attr-defined]
+        return TensorBatch([terms], [w], self.group, compiled=self.compiled)
+
+    def join(self, xs: Sequence[Tensor]) -> Tensor:
+        """Copy tensors shaped like those of the batch into a flat tensor, or into a matrix with a group in each row."""
+        flat = joined(xs)
+        return flat if self.row_length is None else flat.view(-1, self.row_length)
+
+    def repeat(self, *xs: Tensor) -> tuple[Tensor, ...]:
+        """Repeat one number per tensor for each element of the flat tensor, or for each row of the matrix.
+
+        Args:
+            xs: each has one number per tensor, or is 0-dim and returned unchanged.
+        """
+        if self.row_length is None:
+            return spread_scalars(self.tensors, *xs)
+        rows = [w.new_empty(w.numel() // self.row_length) for w in self.tensors]  # only their shapes matter
+        return tuple(x[:, None] if x.ndim else x for x in spread_scalars(rows, *xs))
 
     def with_grads(self) -> TensorBatch | None:
         """The batch of the tensors that have a gradient; None if no tensor has one."""
@@ -181,10 +209,13 @@ def batches(
             )
             continue
         group = owners[id(w)] if owners is not None else {}
+        lengths = {term.row_length for term in of_tensor if not term.uniform}
+        row_length = next(iter(lengths), None)
         key: Any = id(w)
-        if all(term.uniform and term.length is None for term in of_tensor):
-            key = (owners and id(group), *((id(term.penalty), id(term.group), term.factor) for term in of_tensor))
-        batch = alike.setdefault(key, TensorBatch([], [], group, compiled=kernels))
+        if lengths <= {row_length} - {None} and all(term.length is None for term in of_tensor):
+            same = ((id(term.penalty), id(term.group), term.factor) for term in of_tensor)
+            key = (owners and id(group), row_length, *same)
+        batch = alike.setdefault(key, TensorBatch([], [], group, compiled=kernels, row_length=row_length))
         batch.each.append(of_tensor)
         batch.tensors.append(w)
     found: list[TensorBatch] = []
@@ -210,26 +241,30 @@ def _largest(changes: list[float | Tensor]) -> float | Tensor:
     return torch.stack([torch.as_tensor(change, dtype=like.dtype, device=like.device) for change in changes]).amax()
 
 
-def is_packed(batch: TensorBatch) -> bool:
-    """Whether the batch has several tensors that can be joined into one flat tensor."""
-    return len(batch.tensors) > 1 and not isinstance(batch, JointBatch) and local(batch.tensors[0]) is batch.tensors[0]
-
-
 def as_one_tensor(batch: TensorBatch, steps: Sequence[Step]) -> tuple[TensorBatch, list[Step]]:
-    """Copy a batch of several tensors into a batch of one tensor, with its step; return a single tensor unchanged."""
+    """Copy a batch of several tensors into a batch of one tensor, with its step; return other batches unchanged."""
     if isinstance(batch, JointBatch):
         return batch.matrix(), [batch.step(steps)]
-    if not is_packed(batch):
-        return batch, list(steps)
-    flat = joined(batch.tensors)
-    if all(step is steps[0] for step in steps) and not steps[0].by_element:
-        step = steps[0]
-    elif (fused := adaptive(steps)) is not None:
+    single = len(batch.tensors) == 1 or local(batch.tensors[0]) is not batch.tensors[0]
+    step = None if single else _joined_step(batch, steps)
+    return (batch, list(steps)) if step is None else (batch.joined(), [step])
+
+
+def _joined_step(batch: TensorBatch, steps: Sequence[Step]) -> Step | None:
+    """The step of the joined tensors; None for groups if each tensor has a number of its own as its step."""
+    if not any(step.by_element for step in steps):
+        if all(step is steps[0] for step in steps):
+            return steps[0]
+        if batch.row_length is not None:
+            return None
+    if (fused := adaptive(steps)) is not None:
         moments, numerators, eps, max_change = fused
-        numerators, eps = spread_scalars(batch.tensors, numerators, eps)
-        step = Step(numerators, max_change, moment=joined(moments), eps=eps)
-    else:
-        sizes = [_expanded(step.size, w) for step, w in zip(steps, batch.tensors, strict=True)]
-        unseen = [step.unseen for step in steps if step.unseen is not None]
-        step = Step(joined(sizes), steps[0].max_change, joined(unseen) if len(unseen) == len(steps) else None)
-    return TensorBatch([[replace(term, tensor=flat) for term in batch.terms]], [flat], batch.group), [step]
+        numerators, eps = batch.repeat(numerators, eps)
+        return Step(numerators, max_change, moment=batch.join(moments), eps=eps)
+    sizes = [_expanded(step.size, w) for step, w in zip(steps, batch.tensors, strict=True)]
+    unseen = [step.unseen for step in steps if step.unseen is not None]
+    most: list[Any] = [step.max_change for step in steps]
+    max_change = most[0]
+    if not all(same_number(x, max_change) for x in most):
+        (max_change,) = batch.repeat(torch.stack(most))
+    return Step(batch.join(sizes), max_change, batch.join(unseen) if len(unseen) == len(steps) else None)

@@ -21,7 +21,7 @@ class Sizes:
 
     Attributes:
         small: the largest tensor that is packed with others.
-        pack: the largest pack.
+        pack: the largest pack; at most `group_chunk`.
         chunk: the size of a chunk of a larger tensor.
         group_chunk: the size of a chunk for operations on groups.
     """
@@ -37,7 +37,7 @@ class Sizes:
 CPU = Sizes(small=1 << 17, pack=1 << 18, chunk=1 << 17, group_chunk=1 << 19)
 
 
-CUDA = Sizes(small=1 << 21, pack=1 << 24, chunk=1 << 24, group_chunk=1 << 24)  # enough to keep the device busy
+CUDA = Sizes(small=1 << 22, pack=1 << 24, chunk=1 << 24, group_chunk=1 << 24)  # enough to keep the device busy
 
 
 Scalar = float | Tensor  # a number or a 0-dim tensor
@@ -154,7 +154,7 @@ def joined_wide(some: Sequence[Tensor]) -> Tensor:
 
 def split_like(x: Tensor, some: list[Tensor]) -> list[Tensor]:
     """Undo `joined`: split `x` into tensors shaped like `some`."""
-    return [x] if len(some) == 1 else list(_unflatten_dense_tensors(x, some))
+    return [x] if len(some) == 1 else list(_unflatten_dense_tensors(x.view(-1), some))
 
 
 def buffer_like(x: Tensor, buffer: Tensor | None) -> Tensor | None:

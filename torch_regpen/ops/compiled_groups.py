@@ -22,7 +22,7 @@ from .root_search import root
 from .step import Step, quotient
 from .terms import Term
 
-__all__ = ["average_groups_", "shrink_groups_"]
+__all__ = ["average_groups_", "scale_groups_", "shrink_groups_"]
 
 
 class _Sums:
@@ -65,9 +65,7 @@ def shrink_groups_(terms: list[Term], step: Step) -> bool:
 
 
 def average_groups_(terms: list[Term], gap: Tensor, sums: Tensor, step: Step) -> bool:
-    """A step of dual averaging over groups, in place. Steps may differ by element only for a group lasso."""
-    if not sums.ndim:
-        return _scale_groups_(terms, gap, sums)
+    """A step of dual averaging of a group lasso in a per-coordinate metric, in place."""
     moment, eps, max_change = step.moment, step.eps, step.max_change
     if moment is None or eps is None or max_change is None or not is_group_lasso(terms, gap, sums, moment):
         return False
@@ -96,8 +94,8 @@ def _calls_are_slow(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def _scale_groups_(terms: list[Term], gap: Tensor, sums: Tensor) -> bool:
-    """`average_groups_` if the step is the same for all coordinates."""
+def scale_groups_(terms: list[Term], gap: Tensor, sums: Tensor) -> bool:
+    """A step of dual averaging over groups, in place, once it is in `sums`: a number for each group, or for all."""
     if not has_group_views(terms, gap) or terms[0].tensor.dtype != gap.dtype:
         return False
     groups = _rows(terms[0], gap)

@@ -19,7 +19,7 @@ from ..groups.grouping import Elements, working_dtype
 from ..groups.nm import NM
 from ..groups.norms import NormGrouping
 from . import compiled_groups, foreach
-from .batches import JointBatch, TensorBatch, as_one_tensor, is_packed
+from .batches import JointBatch, TensorBatch, as_one_tensor
 from .chunks import buffer_like, slicers, split_like
 from .group_chunks import group_chunks, is_group_lasso, scales_in_place
 from .root_search import shrink_factors
@@ -50,8 +50,8 @@ def prox_(batch: TensorBatch, steps: Sequence[Step]) -> None:
         if quadratic:
             foreach.mul_(batch.tensors, 1 / (1 + step.size * (2 * quadratic)))
         return
-    if is_packed(batch):
-        flat, flat_steps = as_one_tensor(batch, steps)
+    flat, flat_steps = as_one_tensor(batch, steps)
+    if flat is not batch:
         prox_(flat, flat_steps)
         torch._foreach_copy_(batch.tensors, split_like(flat.tensors[0], batch.tensors))
         return
@@ -188,10 +188,10 @@ def _prox_quadratic(terms: list[Term], v: Tensor, step: float | Tensor) -> tuple
 
 
 def _prox_grouped(terms: list[Any], v: Tensor, step: float | Tensor) -> Tensor:
-    """Block soft threshold: in closed form for a scalar step, by a root search if steps differ by coordinate."""
+    """Block soft threshold: in closed form with one step per group, by a root search if steps differ by coordinate."""
     grouping = terms[0].grouping
     lam = sum(term.scaled_lam * term.linear for term in terms)
-    if isinstance(step, Tensor) and step.ndim > 0:
+    if isinstance(step, Tensor) and step.ndim > 0 and step.shape == v.shape:
         radius = lam * math.sqrt(grouping.count(v.shape))
         x, s = grouping.view(v), grouping.view(step)
         return _block_soft_threshold(x, s * radius, grouping).reshape(v.shape)

@@ -75,9 +75,11 @@ class Step:
 
     def sliced(self, take: Slicer) -> Step:
         """The step for the slice of the parameter that `take` returns."""
+        numerator, max_change = take(self.numerator), take(self.max_change)
         if self.moment is not None:
-            return replace(self, numerator=take(self.numerator), moment=take(self.moment), eps=take(self.eps))
-        return replace(self, numerator=take(self.numerator), no_gradient_yet=take(self.no_gradient_yet))
+            moment, eps = take(self.moment), take(self.eps)
+            return replace(self, numerator=numerator, max_change=max_change, moment=moment, eps=eps)
+        return replace(self, numerator=numerator, max_change=max_change, no_gradient_yet=take(self.no_gradient_yet))
 
 
 def adaptive(steps: Sequence[Step]) -> tuple[list[Tensor], Tensor, Tensor, float | Tensor] | None:

@@ -188,13 +188,21 @@ class Term:
     @property
     def uniform_offset(self) -> bool:
         """Whether the term treats all elements of `tensor - center` alike, for a real tensor."""
-        return (
-            self.penalty.separable
-            and not self.grouped
-            and self.weights is None
-            and self.multiplier is None
-            and not self.tensor.is_complex()
-        )
+        return not self.grouped and self._unweighted
+
+    @property
+    def row_length(self) -> int | None:
+        """The size of a group if the term treats all rows of a reshaped real tensor alike; None if it does not."""
+        if torch.compiler.is_compiling() or not isinstance(self.grouping, NormGrouping):
+            return None
+        if self.center is not None or not self._unweighted:
+            return None
+        return self.grouping.row_length(self.tensor.shape)
+
+    @property
+    def _unweighted(self) -> bool:
+        factors = self.weights is not None or self.multiplier is not None
+        return self.penalty.separable and not factors and not self.tensor.is_complex()
 
     @property
     def named_parameters(self) -> list[tuple[str, Tensor]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def _split_sharded(work: list[TensorBatch]) -> tuple[list[TensorBatch], list[Sha
             continue
         for sharded in map(ShardedTerms, batch.each):
             if sharded.along is None:
-                local_batches += batches(sharded.terms)
+                local_batches.append(replace(batch, each=[sharded.terms], tensors=[sharded.terms[0].tensor]))
             else:
                 sharded_terms.append(sharded)
     return local_batches, sharded_terms

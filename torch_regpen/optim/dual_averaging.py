@@ -19,8 +19,8 @@ from ..distributed.shards import local
 from ..groups.grouping import Elements, working_dtype
 from ..groups.nm import NM
 from ..ops import compiled_groups
-from ..ops.batches import JointBatch, TensorBatch, as_one_tensor, is_packed
-from ..ops.chunks import buffer_like, joined, split_like, spread_scalars
+from ..ops.batches import JointBatch, TensorBatch, as_one_tensor
+from ..ops.chunks import buffer_like, split_like
 from ..ops.group_chunks import group_chunks, has_group_views, is_group_lasso
 from ..ops.prox import clip_change, prox
 from ..ops.root_search import shrink_factors
@@ -99,33 +99,50 @@ def average_(batch: TensorBatch, states: Sequence[State], steps: Sequence[Step])
         batch.operations.threshold_latent_(batch.tensors, gaps, torch.stack(sums) * batch.coefficients[0])
     elif batch.is_soft_threshold and (fused := adaptive(steps)) is not None:
         batch.operations.threshold_latent_each_(batch.tensors, gaps, sums, *fused, batch.coefficients[0])
-    elif is_packed(batch) and len(scalars) in (0, len(sums)):
-        flat, flat_steps = as_one_tensor(batch, steps)
+    else:
+        flat, flat_steps = as_one_tensor(batch, steps) if len(scalars) in (0, len(sums)) else (batch, list(steps))
+        if flat is batch:
+            for terms, gap, s, step in zip(batch.each, gaps, sums, steps, strict=True):
+                _average_tensor_(batch, terms, gap, s, step, stepped=not s.ndim)
+            return
         (state,) = joined_states(batch, states)
-        if not scalars:
-            state[STEPS].add_(counted(flat.terms, flat_steps[0]))
-        _average_([term for term in flat.terms if not term.inactive], state[GAP], state[STEPS], flat_steps[0])
+        _average_tensor_(flat, flat.terms, state[GAP], state[STEPS], flat_steps[0], stepped=bool(scalars))
         torch._foreach_copy_(batch.tensors, split_like(flat.tensors[0], batch.tensors))
         torch._foreach_copy_(gaps, split_like(state[GAP], gaps))
         if not scalars:
             torch._foreach_copy_(sums, split_like(state[STEPS], sums))
+
+
+def _average_tensor_(
+    batch: TensorBatch, terms: list[Term], gap: Tensor, sums: Tensor, step: Step, *, stepped: bool
+) -> None:
+    """`average_` for one tensor of a batch.
+
+    Args:
+        batch: the batch.
+        terms: the terms of the tensor.
+        gap: its gap.
+        sums: its sum of steps: 0-dim, a number for each group, or one for each element.
+        step: its step.
+        stepped: whether `sums` includes the step already, which is then the same number for all elements of a group.
+    """
+    terms = [term for term in terms if not term.inactive]
+    if stepped:
+        done = (batch.compiled and compiled_groups.scale_groups_(terms, gap, sums)) or _scale_groups_(terms, gap, sums)
     else:
-        for terms, gap, s, step in zip(batch.each, gaps, sums, steps, strict=True):
-            terms = [term for term in terms if not term.inactive]
-            if batch.compiled and compiled_groups.average_groups_(terms, gap, s, step):
-                continue
-            if not _average_groups_(terms, gap, s, step):
-                for some, take in chunked_terms(terms):
-                    part = step.sliced(take)
-                    if s.ndim:
-                        take(s).add_(counted(some, part))
-                    _average_(some, take(gap), take(s), part)
+        done = batch.compiled and compiled_groups.average_groups_(terms, gap, sums, step)
+        done = done or _average_groups_(terms, gap, sums, step)
+    if done:
+        return
+    for some, take in chunked_terms(terms):
+        part = step.sliced(take)
+        if not stepped:
+            take(sums).add_(counted(some, part))
+        _average_(some, take(gap), take(sums), part)
 
 
 def _average_groups_(terms: list[Term], gap: Tensor, sums: Tensor, step: Step) -> bool:
-    """`average_` in place for a single term over groups; if it does not apply, does nothing and returns False."""
-    if not sums.ndim:
-        return _scale_groups_(terms, gap, sums)
+    """`average_` in place for a group lasso with a step for each element; returns False if it does not apply."""
     fused = adaptive([step])
     if fused is None or step.max_change is None or not is_group_lasso(terms, gap, sums, *fused[0]):
         return False
@@ -158,7 +175,7 @@ def _average_groups_(terms: list[Term], gap: Tensor, sums: Tensor, step: Step) -
 
 
 def _scale_groups_(terms: list[Term], gap: Tensor, sums: Tensor) -> bool:
-    """`_average_groups_` if the step is the same for all coordinates."""
+    """`average_` in place for a term over groups whose step is in `sums`; returns False if it does not apply."""
     if not has_group_views(terms, gap) or terms[0].tensor.dtype != gap.dtype:
         return False
     for part in group_chunks(terms[0], gap):
@@ -171,16 +188,14 @@ def _scale_groups_(terms: list[Term], gap: Tensor, sums: Tensor) -> bool:
 
 
 def joined_states(batch: TensorBatch, states: Sequence[State]) -> list[State]:
-    """The gaps and sums of several tensors as those of one flat tensor; for a single tensor, unchanged."""
-    if not is_packed(batch):
-        return list(states)
+    """The gaps and sums of several tensors as those of `batch.joined()`."""
     gaps, sums = ([state[name] for state in states] for name in (GAP, STEPS))
     if all(s.ndim for s in sums):
-        return [{GAP: joined(gaps), STEPS: joined(sums)}]
+        return [{GAP: batch.join(gaps), STEPS: batch.join(sums)}]
     if any(s.ndim for s in sums):
-        return [{GAP: joined(gaps), STEPS: joined([s.expand_as(w) for s, w in zip(sums, gaps, strict=True)])}]
-    (spread,) = spread_scalars(gaps, torch.stack(sums))
-    return [{GAP: joined(gaps), STEPS: spread}]
+        return [{GAP: batch.join(gaps), STEPS: batch.join([s.expand_as(w) for s, w in zip(sums, gaps, strict=True)])}]
+    (spread,) = batch.repeat(torch.stack(sums))
+    return [{GAP: batch.join(gaps), STEPS: spread}]
 
 
 def matrix(

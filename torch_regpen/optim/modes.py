@@ -265,8 +265,8 @@ class Dual(Proximal):
             if isinstance(batch, JointBatch):
                 flat, states, steps = dual_averaging.matrix(batch, states, steps)
             else:
-                states = dual_averaging.joined_states(batch, states)
                 flat, steps = as_one_tensor(batch, steps)
+                states = states if flat is batch else dual_averaging.joined_states(batch, states)
             for terms, state, step in zip(flat.each, states, steps, strict=True):
                 take = sample(terms)
                 some = sliced(terms, take)

@@ -1,5 +1,7 @@
 """Groups are shrunk in place, in chunks: the weights are those of the definition, in every layout and chunk size."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn, optim
@@ -67,8 +69,7 @@ def defined(mode, groups, gradients, start):
 @pytest.mark.parametrize("name", SHAPES)
 def test_groups_in_the_metric_of_adam_are_those_of_the_definition(name, mode, chunk, monkeypatch):
     shape, kind, groups = SHAPES[name]
-    sizes = chunks.CPU
-    monkeypatch.setattr(chunks, "CPU", chunks.Sizes(sizes.small, sizes.pack, sizes.chunk, chunk))
+    monkeypatch.setattr(chunks, "CPU", replace(chunks.CPU, group_chunk=chunk))
     generator = torch.Generator().manual_seed(0)
     start = 0.1 * torch.randn(shape, dtype=torch.float64, generator=generator)
     gradients = [0.2 * torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(STEPS)]

@@ -152,4 +152,4 @@ def test_the_factors_on_lambda_of_groups_together_are_those_of_each_alone(kind, 
 
 def test_a_pack_is_one_chunk_of_groups():
     """Numbers for each row of a pack are not divided into chunks."""
-    assert all(sizes.pack <= sizes.group_chunk for sizes in (CPU, CUDA))
+    assert all(sizes.group_pack <= sizes.group_chunk for sizes in (CPU, CUDA))

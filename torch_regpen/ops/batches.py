@@ -223,7 +223,8 @@ def batches(
         if isinstance(batch, JointBatch):
             found.append(batch)
         else:
-            found += [batch.subset(indices) for indices in batch_indices(batch.tensors)]
+            grouped = batch.row_length is not None
+            found += [batch.subset(indices) for indices in batch_indices(batch.tensors, grouped)]
     return found
 
 

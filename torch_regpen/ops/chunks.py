@@ -21,23 +21,28 @@ class Sizes:
 
     Attributes:
         small: the largest tensor that is packed with others.
-        pack: the largest pack; at most `group_chunk`.
+        pack: the largest pack.
         chunk: the size of a chunk of a larger tensor.
         group_chunk: the size of a chunk for operations on groups.
+        group_small: the largest tensor that is packed with others for operations on groups.
+        group_pack: the largest pack for operations on groups; at most `group_chunk`.
     """
 
     small: int
     pack: int
     chunk: int
     group_chunk: int
+    group_small: int
+    group_pack: int
 
 
 # A float32 chunk and its temporaries fit the second-level cache. Temporaries of twice the size would return to the OS
 # after each operation; faulting them in again costs more than the arithmetic.
-CPU = Sizes(small=1 << 17, pack=1 << 18, chunk=1 << 17, group_chunk=1 << 19)
+CPU = Sizes(small=1 << 17, pack=1 << 18, chunk=1 << 17, group_chunk=1 << 19, group_small=1 << 15, group_pack=1 << 17)
 
 
-CUDA = Sizes(small=1 << 22, pack=1 << 24, chunk=1 << 24, group_chunk=1 << 24)  # enough to keep the device busy
+# Enough to keep the device busy.
+CUDA = Sizes(small=1 << 22, pack=1 << 24, chunk=1 << 24, group_chunk=1 << 24, group_small=1 << 22, group_pack=1 << 24)
 
 
 Scalar = float | Tensor  # a number or a 0-dim tensor
@@ -46,8 +51,13 @@ Scalar = float | Tensor  # a number or a 0-dim tensor
 Slicer = Callable[[Any], Any]
 
 
-def batch_indices(ws: Sequence[Tensor]) -> list[list[int]]:
-    """The indices of the tensors in each pack: one large tensor, or small ones of one type, dtype and device."""
+def batch_indices(ws: Sequence[Tensor], grouped: bool = False) -> list[list[int]]:
+    """The indices of the tensors in each pack: one large tensor, or small ones of one type, dtype and device.
+
+    Args:
+        ws: the tensors.
+        grouped: whether the packs are for operations on groups.
+    """
     if torch.compiler.is_compiling():  # the compiler fuses by itself
         return [[i] for i in range(len(ws))]
     found: list[list[int]] = []
@@ -55,15 +65,16 @@ def batch_indices(ws: Sequence[Tensor]) -> list[list[int]]:
     room: dict[Any, int] = {}
     for i, w in enumerate(ws):
         size, limits = w.numel(), sizes(w)
+        small, pack = (limits.group_small, limits.group_pack) if grouped else (limits.small, limits.pack)
         kind = (type(w), w.dtype, w.device)
-        if not 0 < size <= limits.small:
+        if not 0 < size <= small:
             found.append([i])
         elif size <= room.get(kind, 0):
             open_packs[kind].append(i)
             room[kind] -= size
         else:
             open_packs[kind] = [i]
-            room[kind] = limits.pack - size
+            room[kind] = pack - size
             found.append(open_packs[kind])
     return found
 

@@ -42,7 +42,7 @@ CPU = Sizes(small=1 << 17, pack=1 << 18, chunk=1 << 17, group_chunk=1 << 19, gro
 
 
 # Enough to keep the device busy.
-CUDA = Sizes(small=1 << 22, pack=1 << 24, chunk=1 << 24, group_chunk=1 << 24, group_small=1 << 22, group_pack=1 << 24)
+CUDA = Sizes(small=1 << 21, pack=1 << 24, chunk=1 << 24, group_chunk=1 << 24, group_small=1 << 22, group_pack=1 << 24)
 
 
 Scalar = float | Tensor  # a number or a 0-dim tensor
@@ -189,8 +189,10 @@ def spread_scalars(ws: Sequence[Tensor], *xs: Tensor) -> tuple[Tensor, ...]:
     if len(ws) == 1:
         return tuple(x[0] if x.ndim else x for x in xs)
     sizes = torch.tensor([w.numel() for w in ws], device="cpu")
-    device = next(x.device for x in xs if x.ndim)
-    if device.type != "cpu":
-        sizes = sizes.to(device, non_blocking=True)
-    index = torch.repeat_interleave(sizes, output_size=sum(w.numel() for w in ws))
+    total, device = sum(w.numel() for w in ws), next(x.device for x in xs if x.ndim)
+    if device.type == "cpu":
+        index = torch.repeat_interleave(sizes, output_size=total)
+    else:  # there, repeat_interleave has few threads for each tensor
+        ends = sizes.cumsum(0).to(device, non_blocking=True)
+        index = torch.bucketize(torch.arange(total, device=device), ends, right=True, out_int32=True)
     return tuple(x.index_select(0, index) if x.ndim else x for x in xs)

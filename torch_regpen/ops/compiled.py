@@ -37,7 +37,9 @@ _failed = False  # whether a compilation has failed in this process
 
 def total(ws: Sequence[Tensor], linear: float, quadratic: float) -> Tensor:
     """See `foreach.total`."""
-    views = _flat(ws) if linear else None  # L2 alone is one pass in any case
+    # L2 alone is one pass in any case. On a GPU, the kernel divides the sum between threads as the size of the first
+    # tensor suggests, and would be slow for much larger ones.
+    views = _flat(ws) if linear and ws[0].device.type == "cpu" else None
     if views is None:
         return foreach.total(ws, linear, quadratic)
     squares = scalar(quadratic) if quadratic else None

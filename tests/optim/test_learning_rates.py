@@ -94,8 +94,19 @@ def test_a_step_of_the_scheduler_before_the_optimizer_still_warns():
 
 
 @modes
-@pytest.mark.parametrize("kind", [L0, L1, L2, ElasticNet, GroupLasso, SparseGroupLasso])
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "ASGD"])  # its rate is that of the step before
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(
+            (name, kind) for name in OPTIMIZERS for kind in (L1, GroupLasso) if name != "ASGD"
+        ),  # whose rate is an old one
+        *(
+            (name, kind)
+            for name in ("SGD", "Adam", "Adagrad", "RMSprop")
+            for kind in (L0, L2, ElasticNet, SparseGroupLasso)
+        ),
+    ],
+)
 def test_a_step_at_a_learning_rate_of_0_changes_nothing(name, kind, mode):
     """As the first step of a warm-up and the last of a linear schedule."""
     torch.manual_seed(0)

@@ -172,8 +172,8 @@ def test_coupled_comes_to_the_same_solution_without_zeros_as_lr_falls(logistic, 
     found = classify(
         logistic,
         lambda w: RegularizedOptimizer(LOGISTIC[name]([w], hard(w)), L1([w], lam), "coupled"),
-        steps=1000 if hard(exact) else 500,
-        decayed=5000 if hard(exact) else 2000,
+        steps=500 if hard(exact) else 200,
+        decayed=3000 if hard(exact) else 1200,
         decades=7,
     )
     assert not (found == 0).any()
@@ -187,7 +187,7 @@ def test_the_euclidean_prox_comes_to_another_solution(logistic, name):
     found = classify(
         logistic,
         lambda w: RegularizedOptimizer(LOGISTIC[name]([w], hard(w)), L1([w], lam), "proximal", metric="euclidean"),
-        steps=300,
+        steps=150,
     )
     assert np.count_nonzero(found) > np.count_nonzero(exact)
     assert logistic_objective(signed, lam, found) > logistic_objective(signed, lam, exact) + 1e-2
@@ -202,6 +202,6 @@ def test_so_does_torchao(logistic, name):
         inner = LOGISTIC[name]([{"params": [w], "group_type": "ElemGrouper", "prox_type": "ProxLasso"}], hard(w))
         return pat.PruneOptimizer(inner, reg_lambda=lam)
 
-    found = classify(logistic, wrap, steps=300)
+    found = classify(logistic, wrap, steps=150)
     assert np.count_nonzero(found) > np.count_nonzero(exact)
     assert logistic_objective(signed, lam, found) > logistic_objective(signed, lam, exact) + 1e-2

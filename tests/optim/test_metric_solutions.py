@@ -187,7 +187,7 @@ def test_the_euclidean_prox_comes_to_another_solution(logistic, name):
     found = classify(
         logistic,
         lambda w: RegularizedOptimizer(LOGISTIC[name]([w], hard(w)), L1([w], lam), "proximal", metric="euclidean"),
-        steps=150,
+        steps=300,
     )
     assert np.count_nonzero(found) > np.count_nonzero(exact)
     assert logistic_objective(signed, lam, found) > logistic_objective(signed, lam, exact) + 1e-2
@@ -202,6 +202,6 @@ def test_so_does_torchao(logistic, name):
         inner = LOGISTIC[name]([{"params": [w], "group_type": "ElemGrouper", "prox_type": "ProxLasso"}], hard(w))
         return pat.PruneOptimizer(inner, reg_lambda=lam)
 
-    found = classify(logistic, wrap, steps=150)
+    found = classify(logistic, wrap, steps=300)
     assert np.count_nonzero(found) > np.count_nonzero(exact)
     assert logistic_objective(signed, lam, found) > logistic_objective(signed, lam, exact) + 1e-2

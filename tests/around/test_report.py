@@ -253,7 +253,8 @@ def test_a_reader_that_has_enough_ends_the_command_quietly(tmp_path, monkeypatch
 def test_a_reader_that_has_enough_ends_the_process_quietly(tmp_path):
     torch.save({"w": torch.ones(1)}, tmp_path / "one.pt")
     command = [sys.executable, "-m", "torch_regpen", "report", str(tmp_path / "one.pt")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    env = os.environ | {"PYTHONUNBUFFERED": ""}  # what is left in the buffer is written at exit
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
     process.stdout.close()
     assert process.stderr.read() == b""
     process.stderr.close()

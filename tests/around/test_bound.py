@@ -123,7 +123,7 @@ def test_the_lasso_with_a_constraint_has_the_lambda_of_scikit_learn(mode):
     lr = 0.5 / curvature if mode == "proximal" else 0.002
     optimizer = RegularizedOptimizer(torch.optim.SGD(problem.model.parameters(), lr=lr), L1(problem.model, 1.0), mode)
     bound = Bound(optimizer, float(np.abs(expected).mean()), rate=0.1 if mode == "proximal" else 0.02)
-    for _ in range(6000):
+    for _ in range(3000 if mode == "proximal" else 5000):
         problem.train(optimizer, 1)
         bound.step()
     tolerance = 1e-6 if mode == "proximal" else 0.01
@@ -148,7 +148,7 @@ def test_the_multiplier_is_the_dual_variable_of_cvxpy(kind):
     penalty = L2(layer, 2.0) if kind == "L2" else GroupLasso(layer, 2.0)
     optimizer = RegularizedOptimizer(torch.optim.SGD(layer.parameters(), lr=0.5), penalty, "proximal")
     bound = Bound(optimizer, limit / 20, rate=2.0)
-    for _ in range(3000):
+    for _ in range(1500):
         optimizer.zero_grad()
         ((layer(x) - y).square().sum() / 120).backward()
         optimizer.step()
@@ -199,7 +199,7 @@ def test_the_mean_of_each_tensor_is_held_at_its_bound(mode, penalty, make):
     options = {"factor": 0.6, "rate": 0.02 if mode == "decoupled" else 0.3}
     optimizer, bound = bounded(model, "initial", lambda m: make(m, lr=0.01), penalty, mode, **options)
     start = [omegas(penalty.__name__, w.detach()) for w in weights]
-    for _ in range(1500):
+    for _ in range(700):
         optimizer.zero_grad()
         sum((w - target).square().sum() for w, target in zip(weights, targets, strict=True)).mul(0.5).backward()
         optimizer.step()

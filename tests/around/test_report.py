@@ -238,16 +238,27 @@ def test_a_broken_safetensors_file_is_one_line_too(tmp_path):
         report(tmp_path / "x.safetensors")
 
 
-def test_a_reader_that_has_enough_ends_the_command_quietly(tmp_path):
+def test_a_reader_that_has_enough_ends_the_command_quietly(tmp_path, monkeypatch):
     torch.save({f"layer{i}": torch.ones(1) for i in range(3000)}, tmp_path / "many.pt")  # more than a pipe holds
     torch.save({"w": torch.ones(1)}, tmp_path / "one.pt")  # less: all of it is written at the end
     for file in ("many.pt", "one.pt"):
-        command = [sys.executable, "-m", "torch_regpen", "report", str(tmp_path / file)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        process.stdout.close()
-        assert process.stderr.read() == b""
-        process.stderr.close()
-        assert process.wait() == 0
+        reader, writer = os.pipe()
+        os.close(reader)
+        stderr = io.StringIO()
+        with open(writer, "w") as stdout:
+            assert run_main(tmp_path / file, monkeypatch, stdout, stderr) == 0
+        assert stderr.getvalue() == ""
+
+
+def test_a_reader_that_has_enough_ends_the_process_quietly(tmp_path):
+    torch.save({"w": torch.ones(1)}, tmp_path / "one.pt")
+    command = [sys.executable, "-m", "torch_regpen", "report", str(tmp_path / "one.pt")]
+    env = os.environ | {"PYTHONUNBUFFERED": ""}  # what is left in the buffer is written at exit
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 0
 
 
 def run_main(file, monkeypatch, stdout, stderr):

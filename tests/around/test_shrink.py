@@ -64,8 +64,9 @@ def grouped():
     return nn.Sequential(*first, nn.ConvTranspose2d(24, 8, 3, groups=4), nn.ReLU(), nn.Conv2d(8, 2, 1))
 
 
-def resnet18():
-    return pytest.importorskip("torchvision").models.resnet18(num_classes=10)
+def resnet():
+    resnet = pytest.importorskip("torchvision").models.resnet
+    return resnet.ResNet(resnet.BasicBlock, [2, 1, 1, 1], 10)
 
 
 def squeezenet():
@@ -73,7 +74,8 @@ def squeezenet():
 
 
 def mobilenet_v2():
-    return pytest.importorskip("torchvision").models.mobilenet_v2(num_classes=10)
+    blocks = [[1, 8, 1, 1], [6, 8, 2, 2], [6, 16, 2, 2]]
+    return pytest.importorskip("torchvision").models.MobileNetV2(10, 0.5, blocks)
 
 
 def vit():
@@ -128,7 +130,7 @@ MODELS = {
     "norms": (norms, images(9)),
     "grouped": (grouped, images(9)),
     "unet": (UNet, images(8)),
-    "resnet18": (resnet18, images(32)),
+    "resnet": (resnet, images(32)),
     "mobilenet_v2": (mobilenet_v2, images(32)),
     "squeezenet": (squeezenet, images(32)),
     "vit": (vit, images(16)),
@@ -233,7 +235,7 @@ def test_a_file_of_the_copy_and_its_state_can_be_loaded(name, tmp_path):
     assert torch.equal(out(other, x), out(smaller, x))
 
 
-@pytest.mark.parametrize("name", ["vgg", "grouped", "unet", "resnet18", "norms", "lstm"])
+@pytest.mark.parametrize("name", ["vgg", "grouped", "unet", "resnet", "norms", "lstm"])
 def test_its_modules_print_the_sizes_that_they_have(name):
     _, _, _, _, smaller = case(name)
     for module in smaller.modules():
@@ -278,7 +280,7 @@ def test_the_heads_that_are_left_are_counted_by_their_modules():
     assert (attention.num_heads, attention.split_size, attention.c_attn.nf) == (2, 8, 24)
 
 
-@pytest.mark.parametrize("name", ["mlp", "resnet18"])
+@pytest.mark.parametrize("name", ["mlp", "resnet"])
 def test_it_can_be_exported_scripted_and_compiled(name):
     _, inputs, _, _, smaller = case(name)
     x = inputs(2)
@@ -312,7 +314,7 @@ def test_nothing_that_a_forward_pass_caches_is_in_the_copy():
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", ["mlp", "vgg", "resnet18"])
+@pytest.mark.parametrize("name", ["mlp", "vgg", "resnet"])
 def test_onnxruntime_agrees(name, tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")

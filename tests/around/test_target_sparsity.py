@@ -56,7 +56,7 @@ def rows(model):
     return whole.double().mean().item()
 
 
-STEPS, HELD = 150, 50
+STEPS, HELD = 100, 40
 
 
 def trained(digits, model, optimizer, schedule, first=0, last=STEPS + HELD, measure=elements, total=STEPS + HELD):

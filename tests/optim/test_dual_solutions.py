@@ -25,9 +25,9 @@ DECAYING = {
 }
 
 
-def solve(problem, optimizer, steps=800, decayed=500):
+def solve(problem, optimizer, steps=600, decayed=400):
     if isinstance(optimizer.optimizer, optim.SGD):  # which comes to rest at a constant learning rate
-        problem.train(optimizer, 600)
+        problem.train(optimizer, 400)
         return problem.weight[0]
     lr = optimizer.param_groups[0]["lr"]
     for step in range(steps + decayed):
@@ -92,7 +92,7 @@ def test_adafactor_at_its_default_lr_finds_the_proximal_solution():
     for mode in ("proximal", "dual"):
         problem = diabetes()
         inner = optim.Adafactor(problem.model.parameters())
-        problem.train(RegularizedOptimizer(inner, L1(problem.model, LAM), mode), 2000)
+        problem.train(RegularizedOptimizer(inner, L1(problem.model, LAM), mode), 1500)
         ends[mode] = problem.weight[0]
     np.testing.assert_allclose(ends["dual"], ends["proximal"], atol=1e-2)
     assert np.array_equal(ends["dual"] != 0, net(problem, LAM, 0.0) != 0)
@@ -112,7 +112,7 @@ RARE = {
 }
 
 
-def embedded(name, mode, kind=L1, steps=400):
+def embedded(name, mode, kind=L1, steps=250):
     """Rows of an embedding are fitted 8 at a time, the last 5 never: which are zero, and the error of the others."""
     torch.manual_seed(0)
     model = nn.Embedding(100, 4, sparse=name == "SparseAdam")
@@ -150,7 +150,7 @@ def test_inputs_that_are_always_zero_have_zero_weights_in_the_end(make):
     torch.manual_seed(0)
     model = nn.Linear(6, 3)
     optimizer = RegularizedOptimizer(make(model.parameters(), lr=0.05), L1(model, 0.02), "dual")
-    for _ in range(500):
+    for _ in range(250):
         x = torch.randn(16, 6)
         x[:, 4:] = 0
         optimizer.zero_grad()

@@ -27,7 +27,7 @@ def group_prox(x, r):
     if not ((x / r).square().sum() > 1):
         return torch.zeros_like(x)
     low, high = 0.0, x.norm().item()
-    for _ in range(200):
+    for _ in range(60):
         theta = (low + high) / 2
         low, high = (theta, high) if (x / (theta + r)).square().sum() > 1 else (low, theta)
     return x * high / (high + r)

@@ -172,8 +172,8 @@ def test_coupled_comes_to_the_same_solution_without_zeros_as_lr_falls(logistic, 
     found = classify(
         logistic,
         lambda w: RegularizedOptimizer(LOGISTIC[name]([w], hard(w)), L1([w], lam), "coupled"),
-        steps=1000 if hard(exact) else 500,
-        decayed=5000 if hard(exact) else 2000,
+        steps=500 if hard(exact) else 200,
+        decayed=3000 if hard(exact) else 1200,
         decades=7,
     )
     assert not (found == 0).any()

@@ -6,7 +6,6 @@ they guess shapes.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -170,9 +169,7 @@ def copied_buffers(model: nn.Module) -> dict[str, Tensor]:
 @contextmanager
 def kept_contents(model: nn.Module) -> Iterator[None]:
     """At the end, restore the contents of the dicts and lists of all modules, such as hooks and caches."""
-    kept = [
-        (x, copy.copy(x)) for module in model.modules() for x in vars(module).values() if isinstance(x, dict | list)
-    ]
+    kept = [(x, x.copy()) for module in model.modules() for x in vars(module).values() if isinstance(x, dict | list)]
     try:
         yield
     finally:

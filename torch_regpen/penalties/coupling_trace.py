@@ -169,7 +169,8 @@ def copied_buffers(model: nn.Module) -> dict[str, Tensor]:
 @contextmanager
 def kept_contents(model: nn.Module) -> Iterator[None]:
     """At the end, restore the contents of the dicts and lists of all modules, such as hooks and caches."""
-    kept = [(x, x.copy()) for module in model.modules() for x in vars(module).values() if isinstance(x, dict | list)]
+    held = [x for module in model.modules() for x in vars(module).values() if isinstance(x, dict | list)]
+    kept = [(x, dict(x) if isinstance(x, dict) else list(x)) for x in held]
     try:
         yield
     finally:

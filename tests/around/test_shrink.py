@@ -548,7 +548,7 @@ def test_round_to_leaves_a_multiple_of_units_and_the_outputs(name):
     model, inputs, sets, _, smallest = case(name)
     x = inputs(2)
     smaller = shrink(model, x, round_to=5)
-    assert count(smallest) < count(smaller) < count(model)
+    assert count(smallest) <= count(smaller) <= count(model)
     assert close(out(smaller, x), out(model, x))
     before, after = ({units.name: units.count for units in some} for some in (sets, coupled_units(smaller, x)[0]))
     assert before.keys() == after.keys()

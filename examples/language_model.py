@@ -11,7 +11,7 @@ into training, validation and test. All methods get the same initial weights, ba
 - `L0 50%`, `L0 80%`: dual averaging steered to so many zeros; lambda is that of AdamW's decay beside it.
 
     python examples/language_model.py                                             14 minutes of a busy core
-    python examples/language_model.py --steps 2000 --batch 128 --width 192 --layers 6 --device cuda --resume runs/lm.jsonl
+    python examples/language_model.py --steps 2000 --batch 128 --width 192 --layers 6 --device cuda --jobs 6
 
 `--resume` names a file of finished trainings: an interrupted comparison goes on from there.
 """

@@ -3,10 +3,12 @@
 OMP_NUM_THREADS=1 python tests/benchmarks/zeros_on_cpu.py
 """
 
+import io
 import time
 import warnings
 from statistics import median
 
+import onnxruntime
 import timm
 import torch
 import torchvision
@@ -113,23 +115,37 @@ NETWORKS = {
 }
 
 
+def on_onnxruntime(model, x):
+    """A function that runs a network on ONNX Runtime, with one thread."""
+    file = io.BytesIO()
+    batch = ({0: torch.export.Dim.DYNAMIC},)
+    torch.onnx.export(model, (x.expand(2, *x.shape[1:]),), dynamo=True, dynamic_shapes=batch, verbose=False).save(file)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(file.getvalue(), options)
+    return lambda x: session.run(None, {session.get_inputs()[0].name: x.numpy()})
+
+
 @torch.no_grad()
 def networks():
     """More networks of usual sizes, without half of their units; those with BatchNorm are fused, channels last."""
-    print("\nWithout half of the units\n\n| network | multiply-adds | times fewer | batch | ms | times as fast |")
-    print("|---" * 6 + "|")
+    print("\nWithout half of the units\n\n| network | multiply-adds | times fewer | batch ", end="")
+    print("| torch, ms | times as fast | ONNX Runtime, ms | times as fast |\n" + "|---" * 8 + "|")
     for name, (make, x) in NETWORKS.items():
         pair = [without(make, x, gone) for gone in (0.0, 0.5)]
         counts = [operations(model, x) for model in pair]
+        sessions = [on_onnxruntime(model, x) for model in pair]
         if any(isinstance(layer, torch.nn.BatchNorm2d) for layer in pair[0].modules()):
             pair = list(map(fused, pair))
         for batch in (1, 8):
-            xs = x.expand(batch, *x.shape[1:]).contiguous()
+            xs = last = x.expand(batch, *x.shape[1:]).contiguous()
             if xs.ndim == 4:
-                xs = xs.to(memory_format=torch.channels_last)
-            times = milliseconds(*(lambda model=model, xs=xs: model(xs) for model in pair), rounds=9)
+                last = xs.to(memory_format=torch.channels_last)
+            jobs = [*((model, last) for model in pair), *((session, xs) for session in sessions)]
+            times = milliseconds(*(lambda model=model, x=x: model(x) for model, x in jobs), rounds=9)
             print(f"| {name} | {counts[1] / 2e6:.0f}M | {counts[0] / counts[1]:.1f} | {batch} ", end="")
-            print(f"| {times[1]:.0f} | {times[0] / times[1]:.1f} |", flush=True)
+            print(f"| {times[1]:.0f} | {times[0] / times[1]:.1f} ", end="")
+            print(f"| {times[3]:.0f} | {times[2] / times[3]:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

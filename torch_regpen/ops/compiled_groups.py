@@ -51,7 +51,7 @@ def shrink_groups_(terms: list[Term], step: Step) -> bool:
         return False
     x, m = groups.views
     radius = _column(x, step.numerator * groups.radius)
-    if _calls_are_slow(x):
+    if _one_kernel_is_faster(x):
         run(kernels.shrink_all_, x, radius, m, eps, scalar(most * math.sqrt(groups.size)))
         increment_version(terms[0].tensor)
         return True
@@ -78,7 +78,7 @@ def average_groups_(terms: list[Term], gap: Tensor, sums: Tensor, step: Step) ->
     slope = (most * groups.radius / norm).masked_fill_(zero, 0)
     least = zero * (most * groups.lam)
     added = w, d, s, m, step.numerator, eps, slope, least, _column(w, groups.radius)
-    if _calls_are_slow(w):
+    if _one_kernel_is_faster(w):
         run(kernels.average_all_, *added, scalar(max_change))
         increment_version(terms[0].tensor)
         return True
@@ -89,8 +89,8 @@ def average_groups_(terms: list[Term], gap: Tensor, sums: Tensor, step: Step) ->
     return True
 
 
-def _calls_are_slow(x: Tensor) -> bool:
-    """Whether a kernel for all Newton steps is faster than one for each, which stop early on a CPU only."""
+def _one_kernel_is_faster(x: Tensor) -> bool:
+    """Whether one kernel for all Newton steps is faster than one for each. Only on a CPU can they stop early."""
     return x.is_cuda
 
 

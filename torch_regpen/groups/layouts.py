@@ -85,7 +85,7 @@ class Blocks(NormGrouping):
     k: int
 
     def __post_init__(self) -> None:
-        _check_positive("Blocks(k)", self.k)
+        check_positive("Blocks(k)", self.k)
 
     def view(self, w: Tensor) -> Tensor:
         return w.reshape(-1, self.k)
@@ -156,7 +156,7 @@ class Heads(NormGrouping):
     dim: int | None = None
 
     def __post_init__(self) -> None:
-        _check_positive("Heads(n)", self.n)
+        check_positive("Heads(n)", self.n)
 
     def view(self, w: Tensor) -> Tensor:
         view: Tensor = w.unflatten(self.dim or 0, (self.n, -1))
@@ -181,6 +181,7 @@ def _check_dim(dim: int, shape: torch.Size) -> None:
         )
 
 
-def _check_positive(name: str, value: object) -> None:
+def check_positive(name: str, value: object) -> None:
+    """Raise `ValueError` unless an argument is a whole number, 1 or more."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a whole number, 1 or more, but got {value!r}")

@@ -18,6 +18,7 @@ from torch.nn.utils import prune
 from torch.utils._pytree import tree_map_only
 
 from ..distributed.shards import DTensor
+from ..groups.layouts import check_positive
 from ..penalties.coupling import Inputs, UnitSet, arguments_in, coupled_units, equal_to_rounding
 from ..penalties.coupling_layers import Slices, port_widths, resize, rows
 from ..penalties.coupling_trace import copied_buffers, kept_contents, tensors_in
@@ -87,8 +88,7 @@ def shrink(model: nn.Module, example_inputs: Inputs, *, round_to: int = 1) -> nn
           (2): Linear(in_features=3, out_features=2, bias=True)
         )
     """
-    if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
-        raise ValueError(f"round_to must be a whole number, 1 or more, but got {round_to!r}")
+    check_positive("round_to", round_to)
     smaller = copied_model(model)
     sets, left = coupled_units(smaller, example_inputs)
     with in_eval_mode(smaller):

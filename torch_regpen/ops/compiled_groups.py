@@ -53,13 +53,13 @@ def shrink_groups_(terms: list[Term], step: Step) -> bool:
     radius = _column(x, step.numerator * groups.radius)
     if _one_kernel_is_faster(x):
         run(kernels.shrink_all_, x, radius, m, eps, scalar(most * math.sqrt(groups.size)))
-        increment_version(terms[0].tensor)
-        return True
-    sums = _Sums(x, radius, m, eps)
-    theta = root(sums, groups.grouping)
-    change = run(kernels.change_norm, *sums.arguments, theta).clamp_min_(torch.finfo(x.dtype).tiny)  # 0 where lr is 0
-    factor = (most * math.sqrt(groups.size) / change).clamp_max_(1)
-    run(kernels.shrink_, *sums.arguments, theta, factor)
+    else:
+        sums = _Sums(x, radius, m, eps)
+        theta = root(sums, groups.grouping)
+        change = run(kernels.change_norm, *sums.arguments, theta)
+        change.clamp_min_(torch.finfo(x.dtype).tiny)  # 0 where lr is 0
+        factor = (most * math.sqrt(groups.size) / change).clamp_max_(1)
+        run(kernels.shrink_, *sums.arguments, theta, factor)
     increment_version(terms[0].tensor)
     return True
 
@@ -80,11 +80,10 @@ def average_groups_(terms: list[Term], gap: Tensor, sums: Tensor, step: Step) ->
     added = w, d, s, m, step.numerator, eps, slope, least, _column(w, groups.radius)
     if _one_kernel_is_faster(w):
         run(kernels.average_all_, *added, scalar(max_change))
-        increment_version(terms[0].tensor)
-        return True
-    run(kernels.add_steps_, *added)
-    theta = root(_Sums(w, d), groups.grouping)
-    run(kernels.shrink_latent_, w, d, s, m, theta, scalar(max_change))
+    else:
+        run(kernels.add_steps_, *added)
+        theta = root(_Sums(w, d), groups.grouping)
+        run(kernels.shrink_latent_, w, d, s, m, theta, scalar(max_change))
     increment_version(terms[0].tensor)
     return True
 

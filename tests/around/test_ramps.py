@@ -119,6 +119,8 @@ def test_a_count_must_be_one(steps):
 def test_a_factor_that_is_no_lambda_is_refused():
     with pytest.raises(ValueError, match="finite"):
         LamScheduler(L1(nn.Linear(2, 2), 1.0), lambda step: math.inf)
+    with pytest.raises(TypeError, match=r"fn must return a number, but fn\(0\) is None"):
+        LamScheduler(L1(nn.Linear(2, 2), 1.0), lambda step: None)
 
 
 def test_a_number_in_place_of_a_function_is_refused():

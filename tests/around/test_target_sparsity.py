@@ -432,6 +432,8 @@ def test_a_target_or_a_ramp_of_another_kind_is_refused_at_once():
     for target in ("0.5", torch.tensor(0.5)):
         with pytest.raises(TypeError, match="target must be a number"):
             TargetSparsity(optimizer, target, steps=10)
+    with pytest.raises(TypeError, match=r"ramp must return a number, but ramp\(1\) is None"):
+        TargetSparsity(optimizer, 0.5, steps=10, ramp=lambda x: None)
     with pytest.raises(TypeError, match="ramp must be a function"):
         TargetSparsity(optimizer, 0.5, steps=10, ramp="cubic")
     for value in (50.0, -1.0, float("nan")):

@@ -79,7 +79,8 @@ class FrozenZeros:
         if names:
             warn(
                 f"all penalized weights of {first_names(names)} are zero and stay zero, so nothing passes through "
-                "them. To avoid this, call unfreeze_zeros() and lower lambda or the target, or exclude these parameters"
+                "them. To avoid this, call unfreeze_zeros() and lower lambda or the target, or exclude these "
+                "parameters. If a BatchNorm follows them, clip gradients by value (torch.nn.utils.clip_grad_value_)"
             )
 
     def _entirely_held(self, work: list[list[Term]]) -> list[str]:

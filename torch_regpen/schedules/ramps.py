@@ -9,7 +9,7 @@ from typing import Any
 
 from ..penalties.base import Penalty
 
-__all__ = ["CosineRamp", "LamScheduler", "LinearRamp", "checked_count", "scale_lambdas"]
+__all__ = ["CosineRamp", "LamScheduler", "LinearRamp", "checked_count", "number_from", "scale_lambdas"]
 
 
 class LamScheduler:
@@ -23,8 +23,8 @@ class LamScheduler:
         fn: the factor as a function of the number of steps taken.
 
     Raises:
-        TypeError: `fn` is not a function.
-        ValueError: a lambda is 0.
+        TypeError: `fn` is not a function, or does not return a number.
+        ValueError: a lambda is 0; `fn` returns a negative or infinite number.
 
     Example:
         >>> import torch
@@ -66,7 +66,7 @@ class LamScheduler:
         self._set()
 
     def _set(self) -> None:
-        scale_lambdas(self.penalty, self.base, self.fn(self.last_step))
+        scale_lambdas(self.penalty, self.base, number_from("fn", self.fn, self.last_step))
         for group, base in zip(self.penalty.param_groups, self.base, strict=True):
             group["scheduled"] = base, group["lam"]
 
@@ -145,6 +145,15 @@ def scale_lambdas(penalty: Penalty, base: list[float], factor: float) -> None:
     """Set the lambda of each parameter group to its base times a factor."""
     for group, lam in zip(penalty.param_groups, base, strict=True):
         group["lam"] = lam * factor
+
+
+def number_from(name: str, fn: Callable[[Any], float], x: float) -> float:
+    """Return `fn(x)`, or raise `TypeError` if it is not a number."""
+    value = fn(x)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must return a number, but {name}({x:g}) is {value!r}") from None
 
 
 def checked_count(name: str, value: int) -> int:

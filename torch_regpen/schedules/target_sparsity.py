@@ -17,7 +17,7 @@ from ..groups import NM
 from ..ops.terms import Term, by_tensor
 from ..ops.thresholds import makes_zeros, sampled, stride_for, zero_factors
 from ..optim.wrapper import RegularizedOptimizer
-from .ramps import checked_count, scale_lambdas
+from .ramps import checked_count, number_from, scale_lambdas
 
 __all__ = ["TargetSparsity"]
 
@@ -71,7 +71,8 @@ class TargetSparsity:
         freeze: call `optimizer.freeze_zeros()` once the target is reached. While zeros are frozen, lambda is constant.
 
     Raises:
-        TypeError: `optimizer` is not a `RegularizedOptimizer`; `target` is not a number; `ramp` is not a function.
+        TypeError: `optimizer` is not a `RegularizedOptimizer`; `target` is not a number; `ramp` is not a function, or
+            does not return a number.
         ValueError: it is in another mode; `target`, `steps`, `every` or `ramp` is out of range; a lambda is 0; the
             penalty zeroes nothing, has N:M groups, which fix the fraction, or has the multipliers of a `Bound`.
 
@@ -229,7 +230,7 @@ class TargetSparsity:
         self.last_reading, self.next_reading = step, self._after(step)
 
     def _ramp(self, x: float) -> float:
-        fraction = self.ramp(x)
+        fraction = number_from("ramp", self.ramp, x)
         if not -ROUNDING <= fraction <= 1 + ROUNDING:
             raise ValueError(f"ramp must be from [0, 1] to [0, 1], but ramp({x:g}) is {fraction:g}")
         return min(max(fraction, 0.0), 1.0)

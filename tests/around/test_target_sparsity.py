@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import warnings
 import weakref
 
 import pytest
@@ -444,3 +445,34 @@ def test_a_target_or_a_ramp_of_another_kind_is_refused_at_once():
     with pytest.raises(ValueError, match=r"ramp\(0\.1\) is -1"):
         optimizer.step()
     assert schedule.factor == 1.0
+
+
+def before_a_norm(kind, target=0.95, optimizer=momentum, norm=nn.BatchNorm2d, **options):
+    """A target for a network with a convolution before a norm, and one that has none."""
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), norm(8), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    wrapped = RegularizedOptimizer(optimizer(model), kind(model, 1e-3, **options), "dual")
+    return TargetSparsity(wrapped, target, steps=10)
+
+
+@pytest.mark.parametrize("kind", [L0, L1])
+def test_a_high_target_before_a_batchnorm_under_sgd_asks_for_clipping(kind):
+    with pytest.warns(UserWarning, match=r"follow '0\.weight'\. .*clip_grad_value_") as caught:
+        before_a_norm(kind)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target": 0.9},
+        {"optimizer": lambda model: torch.optim.Adam(model.parameters())},
+        {"norm": lambda channels: nn.GroupNorm(2, channels)},
+        {"groups": "input"},
+        {"select": "3.weight"},
+    ],
+)
+def test_other_targets_optimizers_and_layers_ask_for_no_clipping(options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before_a_norm(GroupLasso if "groups" in options else L1, **options)

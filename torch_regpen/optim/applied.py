@@ -14,7 +14,7 @@ from ..ops.batches import TensorBatch, batches
 from ..ops.chunks import Slicer
 from ..ops.terms import Term, gathered, sliced
 from ..penalties.base import Penalty
-from ..penalties.units import layers_before_norms
+from ..penalties.units import before_norms
 from ..utils import first_names, warn
 from .decay_rate import Decay
 from .modes import MODES, Mode, Proximal
@@ -140,9 +140,7 @@ class AppliedPenalty:
 
     def _warn_about_norms(self) -> None:
         parts = [part for part in self.penalty.parts if part.groups in ("output", 0)] if self.makes_zeros else []
-        places = [(ref, name) for part in parts for ref, name, _ in part.places() if ref.ancestors]
-        before = {layer for root in {ref.ancestors[0] for ref, _ in places} for layer in layers_before_norms(root)}
-        names = dict.fromkeys(repr(name) for ref, name in places if ref.owner in before)
+        names = before_norms(place for part in parts for place in part.places())
         if names:
             warn(
                 f"a BatchNorm or InstanceNorm seems to follow {first_names(names)}. It divides by the scale of each "

@@ -9,12 +9,12 @@ from __future__ import annotations
 import itertools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
@@ -28,9 +28,9 @@ from .lookup import ParameterRef
 
 __all__ = [
     "MULTIPLYING",
+    "before_norms",
     "grouping_of",
     "is_attention_projection",
-    "layers_before_norms",
     "recurrent_partner",
     "transformers_conv1d",
 ]
@@ -271,8 +271,15 @@ class _Attention:
         return (found if parts and not self.head_by_head else 1), n
 
 
-def layers_before_norms(root: nn.Module) -> Iterator[nn.Module]:
-    """Yield the layers that seem to feed a BatchNorm or InstanceNorm: it comes next and has as many channels."""
+def before_norms(places: Iterable[tuple[ParameterRef, str, Tensor]]) -> list[str]:
+    """The quoted names of the parameters whose layer seems to feed a BatchNorm or InstanceNorm."""
+    inside = [(ref, name) for ref, name, _ in places if ref.ancestors]
+    layers = {layer for root in {ref.ancestors[0] for ref, _ in inside} for layer in _layers_before_norms(root)}
+    return list(dict.fromkeys(repr(name) for ref, name in inside if ref.owner in layers))
+
+
+def _layers_before_norms(root: nn.Module) -> Iterator[nn.Module]:
+    """Yield the layers that a norm with as many channels comes next to."""
     layers = [module for module in root.modules() if isinstance(module, (*MULTIPLYING, _NormBase))]
     for layer, following in itertools.pairwise(layers):
         channels = getattr(layer, "out_channels", getattr(layer, "out_features", None))

@@ -16,7 +16,10 @@ from torch import Tensor
 from ..groups import NM
 from ..ops.terms import Term, by_tensor
 from ..ops.thresholds import makes_zeros, sampled, stride_for, zero_factors
+from ..optim.step_size import differs_by_coordinate
 from ..optim.wrapper import RegularizedOptimizer
+from ..penalties.units import before_norms
+from ..utils import first_names, warn
 from .ramps import checked_count, number_from, scale_lambdas
 
 __all__ = ["TargetSparsity"]
@@ -25,11 +28,13 @@ __all__ = ["TargetSparsity"]
 # ELEMENTS, GROUPS: the least size of the sample in a reading; its error is 0.3 or 0.8 percentage points of zeros.
 # NONZEROS: the least number of nonzeros in the sample; the error in the number of nonzeros is then 3%.
 # CLOSE: the distance from the target that counts as reached.
+# MANY: up to this target, filters before a BatchNorm rarely become entirely zero.
 # RECENT: after a restart, the gap between two readings is at most 1/RECENT of the steps since.
 # ROUNDING: a margin for the rounding errors of a prox or a ramp.
 READINGS, MOST = 100, 20
 ELEMENTS, GROUPS, NONZEROS = 1 << 15, 1 << 12, 1000
 CLOSE = 0.005
+MANY = 0.9
 RECENT = 10
 ROUNDING = 1e-4
 
@@ -56,6 +61,10 @@ class TargetSparsity:
     In the dual mode that is all. In the proximal mode lambda also sets how fast all other weights shrink. There it
     starts far below the value that would shrink them to zero in the ramp, and each reading changes it by a limited
     factor.
+
+    A filter of zeros before a BatchNorm has a gradient 1/sqrt(eps) times as large as usual. Under SGD it may return as
+    a huge weight and spoil the network. Clipping gradients by value prevents this:
+    `torch.nn.utils.clip_grad_value_(model.parameters(), 0.1)`. Targets above 0.9 warn about it.
 
     Elements without a gradient cannot become zero. If the others are fewer than `target` needs, it warns once and
     applies the target to the other elements only.
@@ -145,6 +154,7 @@ class TargetSparsity:
         self.froze = False
         self._reached = self._warned = False
         self._warn_if_short()
+        self._warn_about_norms()
         self._attach()
 
     def _check_multipliers(self) -> None:
@@ -160,6 +170,19 @@ class TargetSparsity:
                 f"with steps={self.steps} and every={self.every} the proximal mode may miss the target: lambda has to "
                 f"change slowly there. Use mode='dual', or at least {LEAST_STEPS} steps and {LEAST_READINGS} readings",
                 stacklevel=3,
+            )
+
+    def _warn_about_norms(self) -> None:
+        if self.target <= MANY or differs_by_coordinate(self.optimizer.optimizer, self.optimizer.metric):
+            return  # Adam's step is never much larger than lr
+        parts = [part for part in self._penalty.parts if part.groups is None]
+        names = before_norms(place for part in parts for place in part.places())
+        if names:
+            warn(
+                f"a BatchNorm or InstanceNorm seems to follow {first_names(names)}. A filter of zeros before it has a "
+                "gradient 1/sqrt(eps) times as large as usual; it may return as a huge weight and spoil the network. "
+                "Unless the training already clips gradients by value, clip them before optimizer.step(), for instance "
+                "with torch.nn.utils.clip_grad_value_(model.parameters(), 0.1)"
             )
 
     def _attach(self) -> None:

@@ -520,3 +520,28 @@ def test_the_summary_shows_lambda_times_the_multiplier():
     row = next(line.split() for line in optimizer.penalty.summary().splitlines() if line.startswith(name))
     assert float(row[4]) == pytest.approx(2 * bound.multipliers[name].item(), rel=1e-3)
     assert float(row[5]) == pytest.approx(float(row[4]) * model[0].weight.abs().sum().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_tensors_of_the_same_name_have_multipliers_of_their_own(frozen):
+    first, second = (network(sizes=(5, 6, n)) for n in (3, 4))
+    both = nn.ModuleList([first, second])
+    first[0].weight.requires_grad_(not frozen)
+    optimizer = RegularizedOptimizer(sgd(both), L2([{"params": first}, {"params": second}], 1.0), "decoupled")
+    bound = Bound(optimizer, 0.0)
+    weights = [first[0].weight, first[2].weight, second[0].weight, second[2].weight]
+    names = ["0.weight", "2.weight", "0.weight_", "2.weight_"]
+    assert [*bound.multipliers] == names
+    run(both, optimizer, bound, 1)
+    expected = {name: w.square().mean().item() for name, w in zip(names, weights, strict=True)}
+    expected["0.weight"] *= not frozen
+    assert {name: m.item() for name, m in bound.multipliers.items()} == pytest.approx(expected)
+
+
+def test_zero_groups_of_tensors_of_the_same_name_are_all_found():
+    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
+    with torch.no_grad():
+        first.weight[0] = 0
+        second.weight[1] = 0
+    penalty = GroupLasso([{"params": first}, {"params": second}], 1.0)
+    assert penalty.zero_groups() == {"weight": [0], "weight_": [1]}

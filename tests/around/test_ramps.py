@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from torch_regpen import L1, L2
-from torch_regpen.schedules import CosineRamp, LamScheduler, LinearRamp
+from torch_regpen import L1, L2, RegularizedOptimizer
+from torch_regpen.schedules import Bound, CosineRamp, LamScheduler, LinearRamp, TargetSparsity
 
 # The ramps.
 
@@ -126,3 +126,35 @@ def test_a_factor_that_is_no_lambda_is_refused():
 def test_a_number_in_place_of_a_function_is_refused():
     with pytest.raises(TypeError, match=r"fn must be a function of the number of steps.*not 0\.5"):
         LamScheduler(L1([torch.ones(2)], lam=0.1), 0.5)
+
+
+def test_an_optimizer_or_a_list_in_place_of_a_penalty_is_refused():
+    model = nn.Linear(2, 2)
+    penalty = L1(model, 0.1)
+    optimizer = RegularizedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), penalty, "proximal")
+    with pytest.raises(TypeError, match=r"not a RegularizedOptimizer; pass its \.penalty"):
+        LinearRamp(optimizer, 10)
+    for wrong in (model, [penalty], L1):
+        with pytest.raises(TypeError, match="penalty must be a penalty or a sum of penalties, not a "):
+            LamScheduler(wrong, lambda step: 1.0)
+
+
+def test_the_state_of_another_kind_of_schedule_is_refused():
+    model = nn.Linear(2, 2)
+    dual, proximal = (
+        RegularizedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), L1(model, 0.1), mode)
+        for mode in ("dual", "proximal")
+    )
+    penalty = L1(model, 0.1)
+    schedules = [CosineRamp(penalty, 10), TargetSparsity(dual, 0.5, steps=10), Bound(proximal, 0.1)]
+    for schedule in schedules:
+        before = repr(schedule.state_dict())
+        for other in schedules:
+            if other is not schedule:
+                with pytest.raises(ValueError, match=f"that of a {type(schedule).__name__} has .* such a schedule"):
+                    schedule.load_state_dict(other.state_dict())
+        assert repr(schedule.state_dict()) == before
+    two = [{"params": [model.weight]}, {"params": [model.bias], "select": "all"}]
+    other = RegularizedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), L1(two, 0.1), "dual")
+    with pytest.raises(ValueError, match="1 groups, the penalty has 2"):
+        TargetSparsity(other, 0.5, steps=10).load_state_dict(schedules[1].state_dict())

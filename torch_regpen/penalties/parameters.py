@@ -135,6 +135,8 @@ class PenalizedParameters(nn.Module):
     def named_parameters_penalized(self) -> Iterator[tuple[str, Tensor]]:
         """Yield `(name, parameter)` for each penalized parameter: shared ones once, frozen ones not at all.
 
+        If parameters of two modules have the same name, an underscore is added to the second.
+
         Example:
             >>> import torch, torch_regpen
             >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.LayerNorm(2))
@@ -220,6 +222,7 @@ class PenalizedParameters(nn.Module):
         if self._units is not None:
             return self._joint_terms(penalty, self._units, frozen)
         seen: dict[int, int] = {}  # from the id of a parameter to the index of its parameter group
+        named: dict[str, int] = {}  # from the distinct name of a parameter to its id
         found = []
         sharded = unsharded_to_sharded()
         for index, (group, selection) in enumerate(zip(self.param_groups, self._selections, strict=True)):
@@ -232,10 +235,13 @@ class PenalizedParameters(nn.Module):
                                 f"parameter {name!r} is in groups {seen[id(tensor)]} and {index}; put it in one only"
                             )
                         continue
+                    distinct = name  # parameters of two modules may have the same name
+                    while named.setdefault(distinct, id(tensor)) != id(tensor):
+                        distinct += "_"
                     if ref.frozen(name, tensor) and not frozen:
                         continue
                     seen[id(tensor)] = index
-                    found += self._terms_of(penalty, ref, name, tensor, group)
+                    found += self._terms_of(penalty, ref, name, distinct, tensor, group)
         return found
 
     def _joint_terms(self, penalty: Any, units: CoupledUnits, frozen: bool) -> list[Term]:
@@ -252,7 +258,7 @@ class PenalizedParameters(nn.Module):
         return found
 
     def _terms_of(
-        self, penalty: Any, ref: ParameterRef, name: str, tensor: Tensor, group: dict[str, Any]
+        self, penalty: Any, ref: ParameterRef, name: str, distinct: str, tensor: Tensor, group: dict[str, Any]
     ) -> list[Term]:
         grouping = self._grouping(ref, name, tensor)
         weights = stored_for(ref, ref.weights, name, tensor)
@@ -264,9 +270,9 @@ class PenalizedParameters(nn.Module):
                 f"the shape of parameter {name!r} has changed to {tuple(tensor.shape)} since the penalty copied its "
                 "weights; build a new penalty"
             )
-        length = ref.length_of(name)
+        length, multiplier = ref.length_of(name), self.multipliers.get(distinct)
         return [
-            Term(name, tensor, penalty, part, group, factor, weights, center, length, None, self.multipliers.get(name))
+            Term(distinct, tensor, penalty, part, group, factor, weights, center, length, None, multiplier)
             for part, factor in self.factors(grouping)
         ]
 

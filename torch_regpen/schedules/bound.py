@@ -16,6 +16,7 @@ from ..ops.value import mean_omega
 from ..optim.wrapper import RegularizedOptimizer
 from ..penalties.base import Penalty
 from ..utils import first_names
+from .ramps import check_state
 
 __all__ = ["Bound"]
 
@@ -164,8 +165,9 @@ class Bound:
         """Load a saved state.
 
         Raises:
-            ValueError: it belongs to other penalties or tensors, or to another kind of bound.
+            ValueError: it belongs to other penalties or tensors, or to another kind of bound or schedule.
         """
+        check_state(self, state_dict)
         self._attach(frozen=True)
         saved = state_dict["tensors"]
         if [set(states) for states in saved] != [set(states) for states in self._state]:

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from ..penalties.activity import ActivityPenalty
 from ..penalties.base import Penalty
 
-__all__ = ["CosineRamp", "LamScheduler", "LinearRamp", "checked_count", "number_from", "scale_lambdas"]
+__all__ = ["CosineRamp", "LamScheduler", "LinearRamp", "check_state", "checked_count", "number_from", "scale_lambdas"]
 
 
 class LamScheduler:
@@ -23,7 +24,7 @@ class LamScheduler:
         fn: the factor as a function of the number of steps taken.
 
     Raises:
-        TypeError: `fn` is not a function, or does not return a number.
+        TypeError: `penalty` is not a penalty; `fn` is not a function, or does not return a number.
         ValueError: a lambda is 0; `fn` returns a negative or infinite number.
 
     Example:
@@ -37,7 +38,10 @@ class LamScheduler:
         0.05
     """
 
-    def __init__(self, penalty: Penalty, fn: Callable[[int], float]) -> None:
+    def __init__(self, penalty: Penalty | ActivityPenalty, fn: Callable[[int], float]) -> None:
+        if not isinstance(penalty, Penalty | ActivityPenalty):
+            hint = "; pass its .penalty" if isinstance(getattr(penalty, "penalty", None), Penalty) else ""
+            raise TypeError(f"penalty must be a penalty or a sum of penalties, not a {type(penalty).__name__}{hint}")
         if not callable(fn):
             raise TypeError(f"fn must be a function of the number of steps, such as lambda step: 0.5, not {fn!r}")
         self.penalty = penalty
@@ -56,11 +60,12 @@ class LamScheduler:
         return {"base": list(self.base), "last_step": self.last_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a saved state, and set lambda accordingly."""
-        if len(state_dict["base"]) != len(self.base):
-            raise ValueError(
-                f"the state has lambdas for {len(state_dict['base'])} groups, the penalty has {len(self.base)}"
-            )
+        """Load a saved state, and set lambda accordingly.
+
+        Raises:
+            ValueError: it belongs to another kind of schedule, or to a penalty with another number of groups.
+        """
+        check_state(self, state_dict)
         self.base = list(state_dict["base"])
         self.last_step = state_dict["last_step"]
         self._set()
@@ -79,6 +84,7 @@ class LinearRamp(LamScheduler):
         steps: the number of steps until lambda is that of the penalty, 1 or more.
 
     Raises:
+        TypeError: `penalty` is not a penalty.
         ValueError: a lambda is 0; `steps` is not a whole number of 1 or more.
 
     Example:
@@ -91,7 +97,7 @@ class LinearRamp(LamScheduler):
         [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     """
 
-    def __init__(self, penalty: Penalty, steps: int) -> None:
+    def __init__(self, penalty: Penalty | ActivityPenalty, steps: int) -> None:
         steps = checked_count("steps", steps)
         super().__init__(penalty, partial(_linear, steps))
 
@@ -104,6 +110,7 @@ class CosineRamp(LamScheduler):
         steps: the number of steps until lambda is that of the penalty, 1 or more.
 
     Raises:
+        TypeError: `penalty` is not a penalty.
         ValueError: a lambda is 0; `steps` is not a whole number of 1 or more.
 
     Example:
@@ -116,9 +123,22 @@ class CosineRamp(LamScheduler):
         [0.146, 0.5, 0.854, 1.0, 1.0, 1.0]
     """
 
-    def __init__(self, penalty: Penalty, steps: int) -> None:
+    def __init__(self, penalty: Penalty | ActivityPenalty, steps: int) -> None:
         steps = checked_count("steps", steps)
         super().__init__(penalty, partial(_cosine, steps))
+
+
+def check_state(schedule: Any, state_dict: dict[str, Any]) -> None:
+    """Raise `ValueError` if a state belongs to another kind of schedule, or to another number of lambdas."""
+    own = schedule.state_dict()
+    if state_dict.keys() != own.keys():
+        raise ValueError(
+            f"the state has {sorted(state_dict)}, but that of a {type(schedule).__name__} has {sorted(own)}; load the "
+            "state of such a schedule"
+        )
+    found, wanted = (len(state.get("base", [])) for state in (state_dict, own))
+    if found != wanted:
+        raise ValueError(f"the state has lambdas for {found} groups, the penalty has {wanted}")
 
 
 def _base(group: dict[str, Any]) -> float:
@@ -141,7 +161,7 @@ def _cosine(steps: int, step: int) -> float:
     return (1 - math.cos(math.pi * _linear(steps, step))) / 2
 
 
-def scale_lambdas(penalty: Penalty, base: list[float], factor: float) -> None:
+def scale_lambdas(penalty: Penalty | ActivityPenalty, base: list[float], factor: float) -> None:
     """Set the lambda of each parameter group to its base times a factor."""
     for group, lam in zip(penalty.param_groups, base, strict=True):
         group["lam"] = lam * factor

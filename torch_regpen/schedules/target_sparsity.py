@@ -20,7 +20,7 @@ from ..optim.step_size import differs_by_coordinate
 from ..optim.wrapper import RegularizedOptimizer
 from ..penalties.units import before_norms
 from ..utils import first_names, warn
-from .ramps import checked_count, number_from, scale_lambdas
+from .ramps import check_state, checked_count, number_from, scale_lambdas
 
 __all__ = ["TargetSparsity"]
 
@@ -216,7 +216,12 @@ class TargetSparsity:
         return {name: getattr(self, name) for name in self._STATE}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a saved state, and set lambda accordingly."""
+        """Load a saved state, and set lambda accordingly.
+
+        Raises:
+            ValueError: it belongs to another kind of schedule, or to a penalty with another number of groups.
+        """
+        check_state(self, state_dict)
         for name in self._STATE:
             setattr(self, name, state_dict[name])
         self._set(self.factor)

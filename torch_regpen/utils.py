@@ -6,9 +6,12 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-__all__ = ["first_names", "format_table", "require", "warn", "with_progress_bar"]
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["first_names", "format_table", "modes_kept", "require", "warn", "with_progress_bar"]
 
 Item = TypeVar("Item")
 
@@ -52,6 +55,17 @@ def with_progress_bar(items: Iterable[Item], name: str, total: int, done: int = 
     with require("progress=True needs tqdm", "examples"):
         from tqdm import tqdm
     return iter(tqdm(items, desc=name, total=total, initial=done))
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Restore the training mode of each module at the end."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
 
 
 def warn(message: str) -> None:

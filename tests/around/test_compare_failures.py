@@ -395,3 +395,51 @@ def test_the_function_and_its_results_are_pickled():
     failure = Failure("a", 0.1, 3, "ValueError: x", "")
     assert pickle.loads(pickle.dumps(failure)) == failure
     assert math.isfinite(again.trials[0].seconds)
+
+
+# Arguments that cannot be meant, and what a score draws.
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"seeds": 5}, TypeError, r"seeds has 5; it needs two or more ints, such as range\(5\)"),
+        ({"log_every": 0}, ValueError, "log_every=0; allowed is a number of steps, 1 or more"),
+        ({"data": torch.ones(2)}, TypeError, "data must be a function, not a Tensor"),
+        ({"make_model": make_model(None)}, TypeError, "make_model must be a function, not a Sequential"),
+        ({"make_model": lambda _: 3}, TypeError, "make_model must return a module, not a int"),
+        ({"make_optimizer": lambda _: None}, TypeError, "make_optimizer must return an optimizer, not a NoneType"),
+        ({"fit": None}, TypeError, "fit must be a function, not a NoneType"),
+        ({"make_optimizer": partial(torch.optim.Rprop, lr=0.1)}, ValueError, "a Rprop, which has no weight_decay"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_training(changes, error, message):
+    with pytest.raises(error, match=message):
+        compare({}, LAMS, **SETUP | {"fit": lambda *_: pytest.fail("trained")} | changes)
+
+
+def test_a_model_that_is_not_made_anew_is_refused():
+    model, frozen = make_model(None), nn.Linear(4, 4).requires_grad_(False)
+    for shared in (model, model[0]):
+        with pytest.raises(ValueError, match="make_model returned the same parameters twice"):
+            compare({}, LAMS, **SETUP | {"make_model": lambda _, shared=shared: nn.Sequential(shared, nn.Linear(3, 1))})
+    compare({}, [0.1], **SETUP | {"make_model": lambda _: nn.Sequential(frozen, nn.Linear(4, 1))})
+
+
+def test_what_a_score_draws_changes_no_training_on_a_board(tmp_path):
+    pytest.importorskip("tensorboard")
+
+    def fit_twice(*args):
+        fit(*args)
+        fit(*args)
+
+    def drawing(model, data):
+        torch.rand(1)  # as iterating over a DataLoader does
+        return score(model, data)
+
+    plain, logged = (
+        compare({}, [0.1], **SETUP | {"fit": fit_twice, "score": drawing}, logdir=logdir, log_every=1)
+        for logdir in (None, tmp_path)
+    )
+    for name, model in plain.models.items():
+        assert all(map(torch.equal, model.parameters(), logged.models[name].parameters()))

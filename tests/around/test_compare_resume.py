@@ -224,3 +224,37 @@ def test_functions_are_told_apart_by_what_they_do():
     assert describe(partial(L1, select=["a"])) == "partial(L1, select=('a'))"
     assert describe({"b", "a"}) == "{'a', 'b'}"
     assert describe(nn.Linear(1, 1).forward) == f"Linear.{describe(nn.Linear.forward)}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\n@torch.no_grad()\ndef f(x): return x + {}",
+        "N = {}\ndef f(x):\n  def g(): return x + N\n  return g()",
+        "def f(x): return g(x)\ndef g(x): return h(x)\ndef h(x): return f(x) + {}",
+    ],
+)
+def test_what_a_function_calls_in_its_file_is_a_setting(source):
+    described = [describe(changed(source.format(n))) for n in (1, 2, 1)]
+    assert described[0] == described[2] != described[1]
+
+
+def test_a_variable_that_is_not_assigned_yet_stops_no_description():
+    def f():
+        return later
+
+    assert describe(f).startswith("test_a_variable")
+    later = 1
+
+
+def test_another_score_below_a_decorator_is_refused(tmp_path):
+    def decorated(factor):
+        @torch.no_grad()
+        def score(model, data):
+            return {"validation": factor * model(data).mean(), "test": 0.0}
+
+        return score
+
+    run(tmp_path / "done.jsonl", score=decorated(1.0))
+    with pytest.raises(ValueError, match="score: "):
+        run(tmp_path / "done.jsonl", score=decorated(2.0))

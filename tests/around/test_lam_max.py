@@ -8,7 +8,20 @@ import torch
 from helpers.problems import LAMBDA_MAX, X, linear, sse, y
 from sklearn.linear_model import enet_path
 
-from torch_regpen import L0, L1, L2, MCP, SCAD, ElasticNet, GroupLasso, LHalf, LogSum, NuclearNorm, SparseGroupLasso
+from torch_regpen import (
+    L0,
+    L1,
+    L2,
+    MCP,
+    SCAD,
+    ActivityPenalty,
+    ElasticNet,
+    GroupLasso,
+    LHalf,
+    LogSum,
+    NuclearNorm,
+    SparseGroupLasso,
+)
 from torch_regpen.path import lam_max, regularization_path
 
 # lam_max.
@@ -133,3 +146,23 @@ def test_a_gradient_that_is_not_finite_is_named():
     model = linear()
     with pytest.raises(ValueError, match="'weight' at zero is not finite"):
         lam_max(L1(model, 1.0), lambda: sse(model) * math.nan)
+
+
+@pytest.mark.parametrize("loss", [lambda m: sse(m).item(), lambda m: sse(m).detach(), lambda m: sse(m).expand(2)])
+def test_a_loss_without_a_gradient_is_refused(loss):
+    model = linear()
+    before = model.weight.detach().clone()
+    with pytest.raises(TypeError, match=r"the loss as a tensor of one element .* without \.item\(\)"):
+        lam_max(L1(model, 1.0), lambda: loss(model))
+    assert torch.equal(model.weight, before)
+
+
+def test_what_is_no_penalty_and_what_is_frozen_is_refused():
+    model = linear()
+    for wrong in (L1, model, ActivityPenalty(model, 1.0)):
+        with pytest.raises(TypeError, match="penalty must be a penalty on parameters, such as L1"):
+            lam_max(wrong, lambda: sse(model))
+        with pytest.raises(TypeError, match="penalty must be a penalty on parameters, such as L1"):
+            regularization_path(model, wrong, lambda *_: None, [0.1])
+    with pytest.raises(ValueError, match="frozen"):
+        lam_max(L1(model.requires_grad_(False), 1.0), lambda: sse(model))

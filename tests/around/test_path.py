@@ -332,3 +332,94 @@ def test_the_audit_as_a_stopping_rule():
     assert penalty.stationarity() < 1e-8
     _, coefficients, _ = lasso_path(X, y, alphas=[0.1], tol=1e-14, max_iter=10**6)
     np.testing.assert_allclose(model.weight.detach()[0].numpy(), coefficients[:, 0], atol=1e-8)
+
+
+@pytest.mark.parametrize("params", [lambda net: net[0], lambda net: [net[0].weight]])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64])
+def test_a_penalty_on_a_part_of_the_model_is_plotted(params, dtype, tmp_path):
+    pytest.importorskip("matplotlib")
+    net = nn.Sequential(nn.Linear(5, 2, dtype=dtype), nn.Linear(2, 1, dtype=dtype))
+    path = regularization_path(net, L1(params(net), 1.0), lambda *_: None, [0.1, 0.2])
+    assert path.penalized == ["0.weight"]
+    path.plot(tmp_path / "path.png")
+
+
+def test_a_penalty_on_another_model_is_refused():
+    with pytest.raises(ValueError, match="the penalty is on weight, which the model does not have"):
+        regularization_path(linear(), L1(linear(), 1.0), lambda *_: pytest.fail("fitted"), [0.1])
+
+
+def test_a_score_that_sets_eval_leaves_each_fit_in_the_mode_it_had():
+    net, seen = nn.Sequential(linear(), nn.Dropout()), []
+
+    def score(net, indices):
+        assert net.eval()[1].training is False
+        return 0.0
+
+    def note(net, *_):
+        seen.append(net.training and net[1].training)
+
+    regularization_path(net, L1(net, 1.0), note, [0.1, 0.2], folds=[([0], [1])] * 2, score=score)
+    assert seen == [True] * 6
+    assert net.training
+
+
+@pytest.mark.parametrize("value", [None, {"test": 1.0}, "good", torch.ones(2)])
+def test_a_score_that_is_no_number_is_refused(value):
+    with pytest.raises(TypeError, match="score must return a number, not"):
+        path_from(None, score=lambda *_: value)
+
+
+@pytest.mark.parametrize(
+    ("folds", "error", "match"),
+    [
+        (5, TypeError, "folds must be pairs .*, not 5"),
+        (KFold(5), TypeError, "folds must be pairs .*, not KFold"),
+        ([([0], [1], [2])], TypeError, "folds must be pairs"),
+        ([[0, 1, 2]], TypeError, "folds must be pairs"),
+        (iter([]), ValueError, "folds is empty; an iterator, such as .* can be used once only"),
+    ],
+)
+def test_folds_of_another_form_are_refused(folds, error, match):
+    with pytest.raises(error, match=match):
+        path_from(None, folds=folds)
+
+
+def test_a_lambda_in_place_of_a_list_is_refused():
+    with pytest.raises(TypeError, match=r"lams must be a list of lambdas.*not 0\.1"):
+        path_from(None, lams=0.1)
+
+
+def constant(model, indices, value):
+    return value
+
+
+def with_setting(name, value):
+    entry = {"weight": torch.full((1, 10), value, dtype=torch.float64)}
+    return {"penalty": lambda m, lam: L1(m, lam, **{name: entry})}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "what"),
+    [
+        *((with_setting(name, 1.0), with_setting(name, 2.0), "penalty") for name in ("weights", "center")),
+        ({"score": lambda *_: 1.0}, {"score": lambda *_: 2.0}, "score"),
+        ({"score": partial(constant, value=1.0)}, {"score": partial(constant, value=2.0)}, "score"),
+    ],
+)
+def test_a_checkpoint_with_another_value_of_a_setting_is_refused(first, second, what, tmp_path):
+    file = tmp_path / "new folder" / "path.pt"
+    path_from(file, **first)
+    path_from(file, **first)
+    with pytest.raises(ValueError, match=f"differs in {what}; give another file"):
+        path_from(file, **second)
+
+
+@pytest.mark.parametrize("content", [b"hello", b"", [1]])
+def test_a_file_that_is_no_checkpoint_is_refused(content, tmp_path):
+    file = tmp_path / "notes.pt"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=r"notes\.pt is not the checkpoint of a path; give another file"):
+        path_from(file)
+    assert file.read_bytes() == before

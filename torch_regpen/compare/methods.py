@@ -129,9 +129,11 @@ def checked_seeds(seeds: Iterable[int]) -> list[int]:
     """The seeds, as ints.
 
     Raises:
-        TypeError: a seed is not an int.
+        TypeError: not a list, or a seed is not an int.
         ValueError: a seed is given twice.
     """
+    if not isinstance(seeds, Iterable):
+        raise TypeError(f"seeds has {seeds!r}; it needs two or more ints, such as range(5)")
     given = list(seeds)
     for seed in given:
         if not hasattr(seed, "__index__"):

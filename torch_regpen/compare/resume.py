@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterable, Mapping
-from functools import partial
 from hashlib import sha256
-from inspect import getclosurevars
 from pathlib import Path as File
-from types import CodeType, FunctionType, MethodType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..describe import describe
 from .training import Experiment
 from .trials import Job, Trial
 
@@ -100,40 +97,6 @@ class FinishedTrainings:
                 f"{trial.seed}) with other settings ({changes}), which must not be mixed. Give another file, or the "
                 "settings of that one"
             )
-
-
-def describe(value: Any) -> str:
-    """A text that identifies a function or an argument, and is the same in each run of the program.
-
-    It contains the name, bytecode and defaults of a function, and the numbers and strings that it reads from outside;
-    the value of a number, a string or a container of them; the name of a class; and the class of any other object.
-    """
-    if isinstance(value, partial):
-        arguments = [describe(value.func), *map(describe, value.args)]
-        arguments += [f"{name}={describe(arg)}" for name, arg in value.keywords.items()]
-        return f"partial({', '.join(arguments)})"
-    if isinstance(value, MethodType):
-        return f"{describe(value.__self__)}.{describe(value.__func__)}"
-    if isinstance(value, FunctionType):
-        outside = getclosurevars(value)
-        read = {k: x for k, x in {**outside.globals, **outside.nonlocals}.items() if isinstance(x, int | float | str)}
-        parts = [_code(value.__code__), describe(value.__defaults__), describe(value.__kwdefaults__), describe(read)]
-        return f"{value.__qualname__}#{sha256(' '.join(parts).encode()).hexdigest()[:8]}"
-    if isinstance(value, type):
-        return value.__qualname__
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{describe(key)}: {describe(x)}' for key, x in value.items())}}}"
-    if isinstance(value, tuple | list):
-        return f"({', '.join(map(describe, value))})"
-    if isinstance(value, set | frozenset):
-        return f"{{{', '.join(sorted(map(describe, value)))}}}"
-    simple = value is None or value is ... or isinstance(value, int | float | complex | str | bytes | File)
-    return repr(value) if simple else type(value).__qualname__
-
-
-def _code(code: CodeType) -> str:
-    constants = [_code(const) if isinstance(const, CodeType) else describe(const) for const in code.co_consts]
-    return " ".join([code.co_code.hex(), *code.co_names, *constants])
 
 
 def _digest(model: nn.Module) -> str:

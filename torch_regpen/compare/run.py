@@ -96,6 +96,10 @@ def compare(
         >>> list(comparison.chosen)
         ['plain', 'weight_decay', 'L1']
     """
+    functions = {"data": data, "make_model": make_model, "make_optimizer": make_optimizer, "fit": fit, "score": score}
+    for name, function in functions.items():
+        if not callable(function) or isinstance(function, nn.Module):
+            raise TypeError(f"{name} must be a function, not a {type(function).__name__}")
     experiment = Experiment(checked_methods(methods), data, make_model, make_optimizer, fit, score)
     grids, seeds = checked_lams(lams, experiment.methods), checked_seeds(seeds)
     grid = grids["weight_decay"]
@@ -103,10 +107,13 @@ def compare(
         raise ValueError(f"given {len(grid)} lambdas and {len(seeds)} seeds; compare needs a lambda and two seeds")
     if not isinstance(n_jobs, int) or n_jobs < 1:
         raise ValueError(f"n_jobs={n_jobs!r}; allowed is a number of processes, 1 or more")
+    if not isinstance(log_every, int) or log_every < 1:
+        raise ValueError(f"log_every={log_every!r}; allowed is a number of steps, 1 or more")
     _warn_without_scipy()
     board = None if logdir is None else Board(File(logdir), experiment.methods)
     for seed in seeds:
         experiment.dataset(seed)
+    _check_models_are_new(experiment, seeds[0])
     using_lam = {name for name, grid in grids.items() if _try_out(experiment, name, grid[-1], seeds[0]).uses_lam}
     jobs = [(name, lam, seed) for name in grids for lam in grids[name] for seed in seeds]
     finished = None if resume is None else FinishedTrainings(File(resume), experiment, seeds)
@@ -123,6 +130,19 @@ def compare(
             comparison.models[name] = result
     _warn_of_failures(failures, chosen, grids)
     return comparison
+
+
+def _check_models_are_new(experiment: Experiment, seed: int) -> None:
+    """Raise if two models share parameters that are trained: each training would continue the one before."""
+    models = [experiment.initial_model(seed) for _ in range(2)]
+    if not isinstance(models[0], nn.Module):
+        raise TypeError(f"make_model must return a module, not a {type(models[0]).__name__}")
+    first, second = ({id(p) for p in model.parameters() if p.requires_grad} for model in models)
+    if first & second:
+        raise ValueError(
+            "make_model returned the same parameters twice, so each training would continue the one before; it must "
+            "make a new model at each call, as does lambda data: copy.deepcopy(model)"
+        )
 
 
 def _warn_without_scipy() -> None:

@@ -25,6 +25,7 @@ from ..penalties.activity import ActivityPenalty
 from ..penalties.base import Penalty
 from ..schedules import TargetSparsity
 from ..tensorboard import WeightLogger
+from ..utils import modes_kept
 from .methods import Method
 from .trials import Failure, Job, Scores, Trial, weights_of
 
@@ -96,7 +97,15 @@ class Experiment:
             decayed = [p for _, p in penalty.named_parameters_penalized()]
             others = [p for p in model.parameters() if all(p is not q for q in decayed)]
             groups = [{"params": decayed, "weight_decay": 2 * lam}, {"params": others, "weight_decay": 0.0}]
-            return Prepared(model, penalty, self.make_optimizer(groups), False)
+            optimizer = self.make_optimizer(groups)
+            if not isinstance(optimizer, Optimizer):
+                raise TypeError(f"make_optimizer must return an optimizer, not a {type(optimizer).__name__}")
+            if "weight_decay" not in optimizer.defaults:
+                raise ValueError(
+                    f"make_optimizer makes a {type(optimizer).__name__}, which has no weight_decay, so the baseline "
+                    "'weight_decay' would be the same as 'plain'; make an optimizer that has it"
+                )
+            return Prepared(model, penalty, optimizer, False)
         optimizer = self.make_optimizer(model.parameters())
         schedule = None
         if method.how in MODES:
@@ -121,7 +130,7 @@ class Experiment:
         steps = _Steps(
             start.optimizer,
             None if logger is None else logger(start.watched),
-            partial(self.evaluate, start.model, data),
+            partial(self.evaluate_aside, start.model, data),
         )
         if start.schedule is not None:
             start.optimizer.register_step_post_hook(lambda *_: start.schedule.step())
@@ -138,12 +147,8 @@ class Experiment:
 
     def evaluate(self, model: nn.Module, data: Any) -> Scores:
         """The scores as floats. The training mode of each module is restored."""
-        before = [(module, module.training) for module in model.modules()]
-        try:
+        with modes_kept(model):
             scores = self.score(model, data)
-        finally:
-            for module, training in before:
-                module.training = training
         if not isinstance(scores, Mapping):
             raise TypeError(f"score must return a dict of numbers by name, not a {type(scores).__name__}")
         missing = [name for name in ("validation", "test") if name not in scores]
@@ -152,6 +157,12 @@ class Experiment:
                 f"score must return 'validation' and 'test'; it returned {list(scores)}, without {missing}"
             )
         return {name: _number(name, value) for name, value in scores.items()}
+
+    def evaluate_aside(self, model: nn.Module, data: Any) -> Scores:
+        """`evaluate` during training: what `score` draws, as each DataLoader does, changes no later batch."""
+        devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+        with torch.random.fork_rng(devices):
+            return self.evaluate(model, data)
 
 
 def _without_penalty() -> float:

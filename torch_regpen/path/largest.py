@@ -15,7 +15,7 @@ from ..ops.subdifferential import distance
 from ..ops.terms import Term, by_tensor
 from ..penalties.base import Penalty, Sum
 
-__all__ = ["lam_max", "lams_kept", "refuse_sum"]
+__all__ = ["check_penalty", "lam_max", "lams_kept"]
 
 
 def lam_max(penalty: Penalty, loss_fn: Callable[[], Tensor]) -> float:
@@ -36,8 +36,9 @@ def lam_max(penalty: Penalty, loss_fn: Callable[[], Tensor]) -> float:
         The lambda. It is infinite for L2, which makes no weight zero.
 
     Raises:
+        TypeError: `penalty` is not a penalty on parameters; `loss_fn` does not return a number with a gradient.
         ValueError: the penalty is a sum, or zero is stationary at every lambda (LHalf, L0), or the gradient is not
-            finite.
+            finite, or all penalized parameters are frozen.
 
     Example:
         >>> import torch
@@ -48,11 +49,13 @@ def lam_max(penalty: Penalty, loss_fn: Callable[[], Tensor]) -> float:
         >>> round(lam_max(L1(model, 1.0), lambda: 0.5 * (model(x) - y).square().sum()), 4)
         4.0
     """
-    refuse_sum(penalty)
+    check_penalty(penalty)
     slope = penalty.rho_grad(torch.zeros((), dtype=torch.float64)).item() if penalty.separable else 0.0
     if slope == math.inf:
         raise ValueError(f"{type(penalty).__name__} has an infinite slope at 0: zero is stationary at every lambda")
     work = by_tensor(penalty.terms())
+    if not work:
+        raise ValueError("the penalized parameters are frozen; set requires_grad=True on them")
     tensors = [terms[0].tensor for terms in work]
     before = [tensor.detach().clone() for tensor in tensors]
     free = [_unpenalized(terms) for terms in work]
@@ -64,7 +67,13 @@ def lam_max(penalty: Penalty, loss_fn: Callable[[], Tensor]) -> float:
                     zero = torch.zeros_like(tensor) if center is None else center
                     tensor.copy_(zero if kept is None else torch.where(kept, tensor, zero))
             with torch.enable_grad():
-                grads = torch.autograd.grad(loss_fn(), tensors, allow_unused=True)
+                loss = loss_fn()
+                if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+                    raise TypeError(
+                        "loss_fn must return the loss as a tensor of one element that depends on the weights, "
+                        f"without .item() or no_grad; it returned {loss!r}"
+                    )
+                grads = torch.autograd.grad(loss, tensors, allow_unused=True)
             pairs = [
                 (terms, grad if kept is None else grad.masked_fill(kept, 0))
                 for terms, grad, kept in zip(work, grads, free, strict=True)
@@ -109,8 +118,11 @@ def lams_kept(penalty: Penalty) -> Iterator[None]:
             group["lam"] = lam
 
 
-def refuse_sum(penalty: Penalty) -> None:
-    """Raise `ValueError` for a sum of penalties, whose lambdas differ."""
+def check_penalty(penalty: Penalty) -> None:
+    """Raise `TypeError` for anything but a penalty on parameters, and `ValueError` for a sum, whose lambdas differ."""
+    if not isinstance(penalty, Penalty):
+        what = penalty.__name__ if isinstance(penalty, type) else f"a {type(penalty).__name__}"
+        raise TypeError(f"penalty must be a penalty on parameters, such as L1(model, lam=1.0), not {what}")
     if isinstance(penalty, Sum):
         raise ValueError("a sum has no lambda of its own: ask for one of its .penalties")
 

@@ -7,15 +7,18 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path as File
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..describe import describe
+from ..distributed.shards import full_tensor
 from ..penalties.base import Penalty
 from ..penalties.param_groups import checked_lam
-from ..utils import with_progress_bar
-from .largest import lams_kept, refuse_sum
+from ..utils import first_names, modes_kept, with_progress_bar
+from .largest import check_penalty, lams_kept
 from .solutions import Path
 
 __all__ = ["regularization_path"]
@@ -57,8 +60,10 @@ def regularization_path(
         progress: show a progress bar with the time left (tqdm).
 
     Raises:
+        TypeError: an argument is not as above; `score` does not return a number.
         ValueError: an unknown order; no lambdas, or a negative or infinite one; folds without a score, or a score
-            without folds; a sum as penalty; the checkpoint of another path.
+            without folds; no folds; a sum as penalty, or one on parameters of another model; the checkpoint of another
+            path, or another file.
         ImportError: `progress` needs tqdm, which is missing.
 
     Example:
@@ -75,7 +80,11 @@ def regularization_path(
         >>> path.lams, path.nonzeros
         ([5.0, 3.5, 1.0], [0, 1, 2])
     """
-    refuse_sum(penalty)
+    check_penalty(penalty)
+    if not callable(fit):
+        raise TypeError(f"fit must be a function of model, penalty and train_indices, not {fit!r}")
+    if not isinstance(lams, Iterable):
+        raise TypeError(f"lams must be a list of lambdas, such as [0.1, 0.01], not {lams!r}")
     if order not in ("down", "up"):
         raise ValueError(f"order must be 'down' or 'up', not {order!r}")
     if (folds is None) != (score is None):
@@ -83,8 +92,8 @@ def regularization_path(
     path = Path(sorted((checked_lam(lam) for lam in lams), reverse=order == "down"))
     if not path.lams:
         raise ValueError("lams is empty")
-    path.penalized = [name for name, _ in penalty.named_parameters_penalized()]
-    splits = [] if folds is None else list(folds)
+    path.penalized = _names_in(model, penalty)
+    splits = [] if folds is None else _checked_folds(folds)
     if splits:
         path.scores = torch.full((len(path.lams), len(splits)), math.nan, dtype=torch.float64)
     runs = list(enumerate([(None, None), *splits]))
@@ -96,7 +105,7 @@ def regularization_path(
             cache_key = {
                 "lambdas": path.lams,
                 "folds": [[_digest(train), _digest(test)] for train, test in splits],
-                "score": getattr(score, "__qualname__", type(score).__qualname__),
+                "score": describe(score),
                 "penalty": [repr(penalty), *path.penalized, *_settings(penalty)],
                 "model": [f"{name}: {list(getattr(value, 'shape', []))}" for name, value in start.items()],
             }
@@ -110,7 +119,10 @@ def regularization_path(
                 state, value = done.get(run, step)
                 if state is None:
                     fit(model, penalty, train)
-                    state, value = _copied(model), score(model, test) if run and score is not None else math.nan
+                    state, value = (
+                        _copied(model),
+                        _scored(score, model, test) if run and score is not None else math.nan,
+                    )
                     done.put(run, step, state, value)
                 model.load_state_dict(state)
                 if run == 0:
@@ -121,6 +133,39 @@ def regularization_path(
         finally:
             model.load_state_dict(start)
     return path
+
+
+def _names_in(model: nn.Module, penalty: Penalty) -> list[str]:
+    """The names of the penalized parameters in the state dict of the model."""
+    names = {id(value): name for name, value in reversed(model.state_dict(keep_vars=True).items())}
+    penalized = list(penalty.named_parameters_penalized())
+    others = [name for name, parameter in penalized if id(parameter) not in names]
+    if others:
+        raise ValueError(
+            f"the penalty is on {first_names(others)}, which the model does not have; make the penalty from this model"
+        )
+    return [names[id(parameter)] for _, parameter in penalized]
+
+
+def _checked_folds(folds: Iterable[tuple[Indices, Indices]]) -> list[tuple[Indices, Indices]]:
+    found = list(folds) if isinstance(folds, Iterable) else [folds]
+    wrong = [fold for fold in found if not hasattr(fold, "__len__") or len(fold) != 2]
+    if wrong:
+        raise TypeError(
+            f"folds must be pairs (train_indices, test_indices), as KFold(5).split(x) yields, not {wrong[0]!r}"
+        )
+    if not found:
+        raise ValueError("folds is empty; an iterator, such as KFold(5).split(x), can be used once only")
+    return found
+
+
+def _scored(score: Score, model: nn.Module, indices: Indices) -> float:
+    with modes_kept(model):
+        value = score(model, indices)
+    try:
+        return float(value.detach() if isinstance(value, Tensor) else value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"score must return a number, not {value!r}") from error
 
 
 class _Checkpoint:
@@ -135,8 +180,11 @@ class _Checkpoint:
         self.file = None if file is None else File(file)
         self.found: dict[str, Any] = {"cache_key": cache_key, "states": {}, "values": {}}
         if self.file is not None and self.file.exists():
-            found = torch.load(self.file, weights_only=True)
-            known = found.get("cache_key", {})
+            try:
+                found = torch.load(self.file, weights_only=True)
+                known = found.get("cache_key", {})
+            except (UnpicklingError, RuntimeError, LookupError, AttributeError, EOFError) as error:
+                raise ValueError(f"{self.file} is not the checkpoint of a path; give another file") from error
             other = [name for name, value in cache_key.items() if known.get(name) != value]
             if other:
                 raise ValueError(f"{self.file} holds a path that differs in {', '.join(other)}; give another file")
@@ -150,6 +198,7 @@ class _Checkpoint:
             return
         self.found["states"][f"{run}.{step}"] = state
         self.found["values"][f"{run}.{step}"] = float(value)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         partial = self.file.with_name(self.file.name + ".part")
         torch.save(self.found, partial)
         partial.replace(self.file)
@@ -170,6 +219,12 @@ def _digest(indices: Indices) -> str:
 
 
 def _settings(penalty: Penalty) -> list[str]:
-    """The options of a penalty that are numbers or strings, such as `l1_ratio` and `groups`."""
+    """The options of a penalty: numbers and strings, such as `l1_ratio` and `groups`, and `weights` and `center`."""
     shown = {name: value for name, value in vars(penalty).items() if isinstance(value, int | float | str)}
-    return [f"{name}={value!r}" for name, value in shown.items() if not name.startswith("_") and name != "training"]
+    options = [f"{name}={value!r}" for name, value in shown.items() if not name.startswith("_") and name != "training"]
+    for term in penalty.terms():
+        for name, tensor in (("weights", term.weights), ("center", term.center)):
+            if tensor is not None:
+                values = full_tensor(tensor.detach()).cpu().contiguous().view(-1).view(torch.uint8)
+                options.append(f"{term.name} {name}={hashlib.sha256(values.numpy().tobytes()).hexdigest()}")
+    return options

@@ -23,7 +23,7 @@ class Path:
         states: for each lambda, the state dict of the model fitted to all data.
         nonzeros: for each lambda, the number of nonzero penalized elements.
         scores: a float64 tensor of shape (lambdas, folds), higher is better; None without folds.
-        penalized: the names of the penalized parameters.
+        penalized: the names of the penalized parameters in `states`.
 
     Example:
         >>> import torch
@@ -79,7 +79,8 @@ class Path:
         axes = figure.subplots(1, columns, squeeze=False)[0]
         flat = [torch.cat([s[name].flatten().cpu() for name in self.penalized]) for s in self.states]
         if flat[0].numel() <= 50:
-            axes[0].plot(self.lams, torch.stack(flat).numpy())
+            weights = torch.stack(flat)
+            axes[0].plot(self.lams, (weights.abs() if weights.is_complex() else weights).double().numpy())
             axes[0].set(xlabel="lambda", ylabel="weight", xscale="log", title="weights")
         else:
             for name in self.penalized:

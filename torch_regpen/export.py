@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .distributed.shards import DTensor
 from .groups.grouping import Grouping
@@ -22,6 +25,7 @@ from .penalties.rules import Select
 __all__ = ["dead_units", "load_sparse_state_dict", "prune_masks", "shrink", "shrink_inputs", "sparse_state_dict"]
 
 SPARSE = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex128, torch.complex64)
+UNCALLED = (nn.ParameterList, nn.ParameterDict, NonDynamicallyQuantizableLinear)  # the last: of MultiheadAttention
 INDEX_BYTES = 4  # a position in compressed sparse row format
 
 
@@ -71,7 +75,6 @@ def dead_units(penalty_or_model: Penalty | nn.Module, *, select: Select | None =
     return {name: units for name, units in found.items() if units}
 
 
-@torch.no_grad()
 def prune_masks(penalty_or_model: Penalty | nn.Module, *, select: Select | None = None) -> dict[str, Tensor]:
     """Keep exact zeros at zero in further training, with masks of `torch.nn.utils.prune`.
 
@@ -79,6 +82,10 @@ def prune_masks(penalty_or_model: Penalty | nn.Module, *, select: Select | None 
     before, so an optimizer keeps it; `NAME_mask` is a buffer of zeros and ones.
     `torch.nn.utils.prune.remove(module, NAME)` makes it a plain parameter again, with its zeros. Penalties follow the
     parameter to its new name and back.
+
+    torch computes the product when the module that owns the parameter is called. If a model reads the parameter without
+    calling this module, the second backward fails ("Trying to backward through the graph a second time"); then use
+    `RegularizedOptimizer.freeze_zeros()`.
 
     Args:
         penalty_or_model: a penalty, for the parameters that it penalizes, or a model.
@@ -90,8 +97,9 @@ def prune_masks(penalty_or_model: Penalty | nn.Module, *, select: Select | None 
 
     Raises:
         TypeError: `penalty_or_model` is neither a penalty nor a model.
-        ValueError: a parameter is sharded, or has zeros and is parametrized or in no module; `select` matches nothing,
-            or is given with a penalty. Nothing is changed then.
+        ValueError: a parameter is sharded, or has zeros and is parametrized, in no module, or in a module that is never
+            called (an nn.ParameterList or nn.ParameterDict, the `out_proj` of nn.MultiheadAttention); `select` matches
+            nothing, or is given with a penalty. Nothing is changed then.
 
     Example:
         >>> import torch
@@ -107,11 +115,12 @@ def prune_masks(penalty_or_model: Penalty | nn.Module, *, select: Select | None 
     for place in pruned:
         _check_prunable(place)
     masks = {place.name: place.tensor != 0 for place in pruned}
-    for place in pruned:
-        for owner, key in {(ref.owner, ref.key): None for ref in place.refs}:
-            plain = key.removesuffix("_orig")
-            again = f"{plain}_mask" in owner._buffers  # type: ignore[union-attr]
-            prune.custom_from_mask(owner, plain if again else key, masks[place.name])
+    with torch.enable_grad():  # else a parameter that is read without a call of its module would silently not train
+        for place in pruned:
+            for owner, key in {(ref.owner, ref.key): None for ref in place.refs}:
+                plain = key.removesuffix("_orig")
+                again = f"{plain}_mask" in owner._buffers  # type: ignore[union-attr]
+                prune.custom_from_mask(owner, plain if again else key, masks[place.name])
     return masks
 
 
@@ -127,6 +136,9 @@ def sparse_state_dict(model: nn.Module) -> dict[str, Any]:
     Returns:
         The state dict, which `torch.save` writes and `torch.load(..., weights_only=True)` reads.
 
+    Raises:
+        TypeError: `model` is not a module.
+
     Example:
         >>> import torch
         >>> from torch_regpen.export import sparse_state_dict
@@ -136,6 +148,8 @@ def sparse_state_dict(model: nn.Module) -> dict[str, Any]:
         >>> sparse_state_dict(model)["weight"].layout
         torch.sparse_csr
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
     state: dict[str, Any] = model.state_dict()
     known: dict[tuple[Any, ...], Tensor] = {}  # convert, and save, a shared matrix once
     for name, w in state.items():
@@ -158,6 +172,7 @@ def load_sparse_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         state: the state dict, as from `sparse_state_dict`.
 
     Raises:
+        TypeError: `model` is not a module, or `state` is not a dict.
         RuntimeError: as `load_state_dict`: a name is missing or unexpected, or a shape differs.
 
     Example:
@@ -168,6 +183,11 @@ def load_sparse_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         >>> model.weight.tolist()
         [[1.0, 0.0], [0.0, 1.0]]
     """
+    if not isinstance(model, nn.Module) or not isinstance(state, Mapping):
+        raise TypeError(
+            f"given a {type(model).__name__} and a {type(state).__name__}; allowed are a torch.nn.Module and a state "
+            "dict, as in load_sparse_state_dict(model, torch.load(file))"
+        )
     dense = OrderedDict(
         (name, w.to_dense() if isinstance(w, Tensor) and w.layout != torch.strided else w) for name, w in state.items()
     )
@@ -195,6 +215,13 @@ def _check_prunable(place: ParameterUse) -> None:
             why = "is not in a module, and torch.nn.utils.prune masks only parameters of modules; give the module"
         elif ref.key not in ref.owner._parameters:
             why = "is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
+        elif any(isinstance(hook, WeightNorm | SpectralNorm) for hook in ref.owner._forward_pre_hooks.values()):
+            why = "is parametrized; call torch.nn.utils.remove_weight_norm or remove_spectral_norm first"
+        elif isinstance(ref.owner, UNCALLED):
+            why = (
+                f"is in a {type(ref.owner).__name__}, which is not called, so torch.nn.utils.prune would not apply its "
+                "mask; call RegularizedOptimizer.freeze_zeros() instead, or choose other parameters with select"
+            )
         elif isinstance(place.tensor, DTensor):
             why = "is sharded; call RegularizedOptimizer.freeze_zeros() instead, or give an unsharded copy"
         else:

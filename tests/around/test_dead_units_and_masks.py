@@ -197,3 +197,51 @@ def test_what_cannot_be_masked_is_refused_and_nothing_is_changed(model, one_rank
     with pytest.raises(ValueError, match=r"'2\.weight' is sharded.*freeze_zeros"):
         prune_masks(model)
     assert not prune.is_pruned(model[0])
+
+
+class Holder(nn.Module):
+    """Reads parameters of a submodule without calling it."""
+
+    def __init__(self, held, read):
+        super().__init__()
+        self.held, self.read = held, read
+
+    def forward(self, x):
+        return x @ self.read(self.held)
+
+
+@pytest.mark.parametrize(
+    ("make", "weight", "name"),
+    [
+        (lambda: nn.MultiheadAttention(4, 2), lambda m: m.out_proj.weight, "out_proj.weight"),
+        (lambda: Holder(nn.ParameterList([torch.ones(4, 4)]), lambda p: p[0]), lambda m: m.held[0], "held.0"),
+        (lambda: Holder(nn.ParameterDict({"a": torch.ones(4, 4)}), lambda p: p["a"]), lambda m: m.held["a"], "held.a"),
+    ],
+)
+def test_a_mask_in_a_module_that_is_not_called_is_refused(make, weight, name):
+    model = make()
+    zero_(weight(model), 0, [1])
+    with pytest.raises(ValueError, match=rf"'{name}' is in a .*, which is not called.*freeze_zeros\(\)"):
+        prune_masks(model)
+    assert not prune.is_pruned(model)
+
+
+def test_a_masked_weight_that_is_read_without_a_call_does_not_stop_training_silently():
+    model, x = Holder(nn.Linear(4, 4), lambda layer: layer.weight), torch.ones(2, 4)
+    weight = model.held.weight
+    zero_(weight, 0, [1])
+    prune_masks(model)
+    model(x).sum().backward()
+    assert (weight.grad[0] != 0).all()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        model(x).sum().backward()
+
+
+@pytest.mark.parametrize(("norm", "key"), [(nn.utils.weight_norm, "weight_v"), (nn.utils.spectral_norm, "weight_orig")])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_mask_under_a_weight_norm_in_hooks_is_refused(norm, key):
+    layer = norm(nn.Linear(4, 3))
+    zero_(getattr(layer, key), 0, [1])
+    with pytest.raises(ValueError, match=f"'{key}' is parametrized; call .*remove_weight_norm or remove_spectral_norm"):
+        prune_masks(layer)
+    assert not prune.is_pruned(layer)

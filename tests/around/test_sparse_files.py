@@ -151,3 +151,13 @@ def test_a_sharded_matrix_stays_as_it_is(one_rank):
     layer = nn.Linear(50, 50)
     layer.weight = nn.Parameter(distribute_tensor(torch.zeros(50, 50), one_rank, [Shard(0)]))
     assert sparse_state_dict(layer)["weight"].layout == torch.strided
+
+
+def test_what_is_no_model_and_no_state_dict_is_refused():
+    model = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match=r"model must be a .*Module, not a OrderedDict"):
+        sparse_state_dict(model.state_dict())
+    with pytest.raises(TypeError, match=r"given a Linear and a str; allowed are .* and a state dict"):
+        load_sparse_state_dict(model, "model.pt")
+    with pytest.raises(TypeError, match="given a OrderedDict and a Linear"):
+        load_sparse_state_dict(model.state_dict(), model)

@@ -92,3 +92,10 @@ def test_summary_of_a_sum_and_of_nothing():
     assert len(rows(both)) == 2
     model.requires_grad_(False)  # as of an average: then all are meant
     assert len(rows(both)) == 4
+
+
+def test_before_the_first_forward_of_a_lazy_model_no_element_is_zero():
+    penalty = L1(nn.LazyLinear(3), LAM)
+    assert penalty.sparsity() == 0
+    assert penalty.zero_groups() == {}
+    assert penalty.summary().splitlines()[1].split() == ["total", "0", "0/0", "-"]

@@ -215,11 +215,12 @@ class Penalty(PenalizedParameters):
     def sparsity(self) -> Tensor:
         """The fraction of the penalized elements that are exactly zero (or at their center): 0-dim, float32.
 
-        Frozen parameters are skipped, unless all are frozen. It does not synchronize with the device.
+        Frozen parameters are skipped, unless all are frozen. Without parameters, as before the first forward of a lazy
+        model, it is 0. It does not synchronize with the device.
         """
         tensors = [gathered(terms)[0] for terms in by_tensor(self.terms() or self.terms(frozen=True))]
         elements = sum(term.tensor.numel() for term in tensors)
-        zeros = [full_tensor((term.offset(term.tensor) == 0).sum()) for term in tensors]
+        zeros = [full_tensor((term.offset(term.tensor) == 0).sum()) for term in tensors] or [torch.zeros(())]
         return torch.stack([count.to(zeros[0].device) for count in zeros]).sum().float() / max(elements, 1)
 
     @torch.no_grad()

@@ -75,6 +75,7 @@ def dead_units(penalty_or_model: Penalty | nn.Module, *, select: Select | None =
     return {name: units for name, units in found.items() if units}
 
 
+@torch.no_grad()
 def prune_masks(penalty_or_model: Penalty | nn.Module, *, select: Select | None = None) -> dict[str, Tensor]:
     """Keep exact zeros at zero in further training, with masks of `torch.nn.utils.prune`.
 
@@ -84,8 +85,7 @@ def prune_masks(penalty_or_model: Penalty | nn.Module, *, select: Select | None 
     parameter to its new name and back.
 
     torch computes the product when the module that owns the parameter is called. If a model reads the parameter without
-    calling this module, the second backward fails ("Trying to backward through the graph a second time"); then use
-    `RegularizedOptimizer.freeze_zeros()`.
+    calling this module, the parameter is not trained; use `RegularizedOptimizer.freeze_zeros()` there.
 
     Args:
         penalty_or_model: a penalty, for the parameters that it penalizes, or a model.
@@ -115,12 +115,11 @@ def prune_masks(penalty_or_model: Penalty | nn.Module, *, select: Select | None 
     for place in pruned:
         _check_prunable(place)
     masks = {place.name: place.tensor != 0 for place in pruned}
-    with torch.enable_grad():  # else a parameter that is read without a call of its module would silently not train
-        for place in pruned:
-            for owner, key in {(ref.owner, ref.key): None for ref in place.refs}:
-                plain = key.removesuffix("_orig")
-                again = f"{plain}_mask" in owner._buffers  # type: ignore[union-attr]
-                prune.custom_from_mask(owner, plain if again else key, masks[place.name])
+    for place in pruned:
+        for owner, key in {(ref.owner, ref.key): None for ref in place.refs}:
+            plain = key.removesuffix("_orig")
+            again = f"{plain}_mask" in owner._buffers  # type: ignore[union-attr]
+            prune.custom_from_mask(owner, plain if again else key, masks[place.name])
     return masks
 
 

@@ -226,17 +226,6 @@ def test_a_mask_in_a_module_that_is_not_called_is_refused(make, weight, name):
     assert not prune.is_pruned(model)
 
 
-def test_a_masked_weight_that_is_read_without_a_call_does_not_stop_training_silently():
-    model, x = Holder(nn.Linear(4, 4), lambda layer: layer.weight), torch.ones(2, 4)
-    weight = model.held.weight
-    zero_(weight, 0, [1])
-    prune_masks(model)
-    model(x).sum().backward()
-    assert (weight.grad[0] != 0).all()
-    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-        model(x).sum().backward()
-
-
 @pytest.mark.parametrize(("norm", "key"), [(nn.utils.weight_norm, "weight_v"), (nn.utils.spectral_norm, "weight_orig")])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_mask_under_a_weight_norm_in_hooks_is_refused(norm, key):

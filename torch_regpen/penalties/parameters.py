@@ -135,8 +135,6 @@ class PenalizedParameters(nn.Module):
     def named_parameters_penalized(self) -> Iterator[tuple[str, Tensor]]:
         """Yield `(name, parameter)` for each penalized parameter: shared ones once, frozen ones not at all.
 
-        If parameters of two modules have the same name, an underscore is added to the second.
-
         Example:
             >>> import torch, torch_regpen
             >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.LayerNorm(2))
@@ -235,13 +233,12 @@ class PenalizedParameters(nn.Module):
                                 f"parameter {name!r} is in groups {seen[id(tensor)]} and {index}; put it in one only"
                             )
                         continue
-                    distinct = name  # parameters of two modules may have the same name
+                    distinct = name  # underscores tell apart parameters of the same name in two modules
                     while named.setdefault(distinct, id(tensor)) != id(tensor):
                         distinct += "_"
-                    if ref.frozen(name, tensor) and not frozen:
-                        continue
-                    seen[id(tensor)] = index
-                    found += self._terms_of(penalty, ref, name, distinct, tensor, group)
+                    if frozen or not ref.frozen(name, tensor):
+                        seen[id(tensor)] = index
+                        found += self._terms_of(penalty, ref, name, distinct, tensor, group)
         return found
 
     def _joint_terms(self, penalty: Any, units: CoupledUnits, frozen: bool) -> list[Term]:

@@ -151,6 +151,45 @@ def test_lightning_resumes_bit_for_bit(lightning, tmp_path, schedule, freeze_at,
     assert resumed.steps == STEPS
 
 
+def test_lightning_resumes_a_callback_for_each_of_two_optimizers(lightning, tmp_path):
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.nets = nn.ModuleList([network(), network()])
+            self.made = [optimizer_on(net) for net in self.nets]
+
+        def training_step(self, batch, _):
+            for net, optimizer in zip(self.nets, self.optimizers(), strict=True):
+                optimizer.zero_grad()
+                self.manual_backward(loss_of(net, batch))
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return self.made
+
+    def fit(epochs, resume=None):
+        module = Module()
+        callbacks = [
+            LightningRegularizer(made, schedule=LinearRamp(made.penalty, steps))
+            for made, steps in zip(module.made, (5, 50), strict=True)
+        ]
+        off = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "logger", "enable_checkpointing"), False)
+        trainer = lightning.Trainer(
+            max_epochs=epochs, accelerator="cpu", callbacks=callbacks, default_root_dir=tmp_path, **off
+        )
+        trainer.fit(module, batches(), ckpt_path=resume)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return module, [made.penalty.lam for made in module.made]
+
+    LightningRegularizer = torch_regpen.callbacks.LightningRegularizer
+    whole, lams = fit(4)
+    fit(2)
+    resumed, resumed_lams = fit(4, tmp_path / "2.ckpt")
+    assert resumed_lams == lams == pytest.approx([0.02, 0.02 * 24 / 50])
+    assert_same(resumed, whole)
+
+
 def test_lightning_logs_after_each_optimizer_step(lightning, tmp_path):
     writer = Written()
     callback = torch_regpen.callbacks.LightningRegularizer(

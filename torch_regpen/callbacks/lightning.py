@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
-from .regularizer import Regularizer
+from .regularizer import Logger, Regularizer, Schedule
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -22,7 +23,8 @@ class LightningRegularizer(Regularizer, Callback):
 
     It finds the `RegularizedOptimizer` that `configure_optimizers` returns and acts after each of its steps. Batches
     whose gradients are only accumulated do not count, nor do steps that a GradScaler skips. Lightning's checkpoints
-    contain the number of steps, the state of the schedule, and the frozen zeros (in the optimizer state).
+    contain the number of steps, the state of the schedule, and the frozen zeros (in the optimizer state). For several
+    optimizers, give the trainer a callback for each; to resume, give the callbacks in the same order.
 
     Args:
         optimizer: the optimizer to follow, if `configure_optimizers` returns several `RegularizedOptimizer`s.
@@ -50,6 +52,28 @@ class LightningRegularizer(Regularizer, Callback):
         "let configure_optimizers return RegularizedOptimizer(optimizer, penalty, mode='proximal'), alone or as "
         "{'optimizer': ...}, and pass this optimizer, or none, to the callback"
     )
+
+    _unplaced = itertools.count(-1, -1)  # the trainer checks that the keys differ before it calls `setup`
+
+    def __init__(
+        self,
+        optimizer: object | None = None,
+        schedule: Schedule | None = None,
+        logger: Logger | None = None,
+        freeze_at: int | None = None,
+    ) -> None:
+        super().__init__(optimizer, schedule, logger, freeze_at)
+        self._place = next(self._unplaced)
+
+    @property
+    def state_key(self) -> str:
+        """The key of this callback's state in a checkpoint: the class, with a number for all but the first."""
+        return f"{type(self).__qualname__}.{self._place}" if self._place else type(self).__qualname__
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Find the place among the callbacks of this class. No checkpoint is loaded at this point."""
+        alike = [callback for callback in trainer.callbacks if type(callback) is type(self)]
+        self._place = next(place for place, callback in enumerate(alike) if callback is self)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Find the optimizer. A checkpoint is already loaded at this point."""

@@ -5,6 +5,7 @@ import math
 import pickle
 import re
 import sys
+import warnings
 from functools import partial
 from html.parser import HTMLParser
 from importlib import reload
@@ -443,3 +444,11 @@ def test_what_a_score_draws_changes_no_training_on_a_board(tmp_path):
     )
     for name, model in plain.models.items():
         assert all(map(torch.equal, model.parameters(), logged.models[name].parameters()))
+
+
+def test_a_decay_that_stays_on_in_plain_is_named():
+    with pytest.warns(UserWarning, match=r"AdamW with weight_decay=0\.01 .* acts in 'plain' and beside each penalty"):
+        compare({}, [0.1], **SETUP | {"make_optimizer": torch.optim.AdamW})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "make_optimizer makes")
+        compare({}, [0.1], **SETUP | {"make_optimizer": partial(torch.optim.AdamW, weight_decay=0)})

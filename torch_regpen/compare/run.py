@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from ..path import Path
 from ..penalties.base import Penalty
@@ -157,9 +158,19 @@ def _try_out(experiment: Experiment, name: str, lam: float, seed: int) -> Prepar
     start = experiment.prepare(name, lam, seed)
     if name == "plain":
         experiment.evaluate(start.model, experiment.dataset(seed))
+        _warn_of_decay(start.optimizer)
     if start.in_loss and isinstance(start.penalty, Penalty) and (value := start.penalty()).requires_grad:
         value.backward()
     return start
+
+
+def _warn_of_decay(optimizer: Optimizer) -> None:
+    decays = [group["weight_decay"] for group in optimizer.param_groups if group.get("weight_decay")]
+    if decays:
+        warn(
+            f"make_optimizer makes {type(optimizer).__name__} with weight_decay={decays[0]:g} (AdamW's default is "
+            "0.01), which acts in 'plain' and beside each penalty too. Pass weight_decay=0 to compare without it"
+        )
 
 
 def _train(

@@ -97,16 +97,14 @@ class Experiment:
             decayed = [p for _, p in penalty.named_parameters_penalized()]
             others = [p for p in model.parameters() if all(p is not q for q in decayed)]
             groups = [{"params": decayed, "weight_decay": 2 * lam}, {"params": others, "weight_decay": 0.0}]
-            optimizer = self.make_optimizer(groups)
-            if not isinstance(optimizer, Optimizer):
-                raise TypeError(f"make_optimizer must return an optimizer, not a {type(optimizer).__name__}")
+            optimizer = self._new_optimizer(groups)
             if "weight_decay" not in optimizer.defaults:
                 raise ValueError(
                     f"make_optimizer makes a {type(optimizer).__name__}, which has no weight_decay, so the baseline "
                     "'weight_decay' would be the same as 'plain'; make an optimizer that has it"
                 )
             return Prepared(model, penalty, optimizer, False)
-        optimizer = self.make_optimizer(model.parameters())
+        optimizer = self._new_optimizer(model.parameters())
         schedule = None
         if method.how in MODES:
             optimizer = RegularizedOptimizer(optimizer, penalty, method.how, **method.optimizer_options)
@@ -144,6 +142,12 @@ class Experiment:
         zeros = (weights_of(start.model) == 0).double().mean().item()
         dead = sum(len(units) for units in dead_units(start.watched).values())
         return start.model, Trial(name, lam, seed, scores, zeros, dead, steps.count, seconds)
+
+    def _new_optimizer(self, params: Any) -> Optimizer:
+        optimizer = self.make_optimizer(params)
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"make_optimizer must return an optimizer, not a {type(optimizer).__name__}")
+        return optimizer
 
     def evaluate(self, model: nn.Module, data: Any) -> Scores:
         """The scores as floats. The training mode of each module is restored."""

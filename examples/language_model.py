@@ -10,7 +10,7 @@ into training, validation and test. All methods get the same initial weights, ba
 - `L1 proximal`: with AdamW's usual decay beside it (lambda 0.05, that is 0.1): exact zeros.
 - `L0 50%`, `L0 80%`: dual averaging steered to so many zeros; lambda is that of AdamW's decay beside it.
 
-    python examples/language_model.py                                             14 minutes of a busy core
+    python examples/language_model.py                                             minutes on one core
     python examples/language_model.py --width 192 --layers 6 --steps 400 --batch 8 --files 4 --seeds 3 --jobs 2
 
 `--resume` names a file of finished trainings: an interrupted comparison goes on from there.
@@ -206,7 +206,11 @@ def report(comparison: Comparison) -> None:
 
 
 def plot(comparison: Comparison, file: Path) -> None:
-    """Draw the validation loss of each method: each value that was tried, a seed each, and the mean of the chosen."""
+    """Draw the validation loss of each method: each value that was tried, a seed each, and the mean of the chosen.
+
+    Losses far above those of the chosen values are left out.
+    """
+    chosen = []
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     for column, (method, lam) in enumerate(comparison.chosen.items()):
@@ -215,9 +219,12 @@ def plot(comparison: Comparison, file: Path) -> None:
         losses = [-trial.scores["validation"] for trial in comparison.at(method, lam)]
         axes.plot([column] * len(losses), losses, "_", color="#0072B2", markersize=12)
         axes.plot(column, fmean(losses), "o", color="#0072B2", markersize=9)
+        chosen += losses
+    margin = 0.2 * (max(chosen) - min(chosen))
+    axes.set_ylim(min(chosen) - margin, max(chosen) + margin)
     axes.set_xticks(range(len(comparison.chosen)), comparison.chosen, rotation=35, ha="right", rotation_mode="anchor")
     axes.set_ylabel("validation loss, bits per byte")
-    axes.set_title("Blue: the chosen lambda (a line each seed, a dot the mean); grey: the others", loc="left")
+    axes.set_title("Blue: the chosen lambda (a line each seed, a dot the mean); grey: others", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=90)

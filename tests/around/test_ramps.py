@@ -158,3 +158,16 @@ def test_the_state_of_another_kind_of_schedule_is_refused():
     other = RegularizedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), L1(two, 0.1), "dual")
     with pytest.raises(ValueError, match="1 groups, the penalty has 2"):
         TargetSparsity(other, 0.5, steps=10).load_state_dict(schedules[1].state_dict())
+
+
+@pytest.mark.parametrize("steps", [0, 2, 4])
+def test_a_multiple_of_a_penalty_ramps_to_the_multiple_of_its_lambda(steps):
+    penalty = L1([torch.ones(2)], lam=1.0)
+    ramp = LinearRamp(penalty, 4)
+    for _ in range(steps):
+        ramp.step()
+    half = 0.5 * penalty
+    assert half.lam == 0.5 * penalty.lam
+    ramp = LinearRamp(half, 1)
+    ramp.step()
+    assert half.lam == 0.5

@@ -27,7 +27,6 @@ from ..ops.terms import Term, by_tensor, gathered
 from ..ops.value import check_differentiated, sum_values, total_value
 from ..ops.zero_groups import zero_groups
 from .cache import TermCache
-from .param_groups import ParamGroup
 from .parameters import PenalizedParameters
 from .selection import owned_ids
 from .summary import summary_table
@@ -259,7 +258,7 @@ class Penalty(PenalizedParameters):
         if isinstance(factor, bool) or not isinstance(factor, numbers.Real):
             return NotImplemented
         scaled = self._shallow_copy()
-        scaled.param_groups = [ParamGroup(group, group["lam"] * float(factor)) for group in self.param_groups]
+        scaled.param_groups = [group.scaled(float(factor)) for group in self.param_groups]
         scaled.seen = {"in_loss": False}
         return scaled
 

@@ -42,6 +42,13 @@ class ParamGroup(dict[str, Any]):
         for key, value in dict(*args, **kw).items():
             self[key] = value
 
+    def scaled(self, factor: float) -> ParamGroup:
+        """A copy with lambda times `factor`, and so the lambdas that a schedule has noted."""
+        group = ParamGroup(self, self["lam"] * factor)
+        if "scheduled" in group:
+            group["scheduled"] = tuple(lam * factor for lam in group["scheduled"])
+        return group
+
     def __ior__(self, other: Any) -> ParamGroup:  # type: ignore[override,misc]
         self.update(other)
         return self

@@ -545,3 +545,13 @@ def test_zero_groups_of_tensors_of_the_same_name_are_all_found():
         second.weight[1] = 0
     penalty = GroupLasso([{"params": first}, {"params": second}], 1.0)
     assert penalty.zero_groups() == {"weight": [0], "weight_": [1]}
+
+
+@pytest.mark.parametrize("options", [{}, {"center": "initial"}])
+def test_an_initial_value_of_zero_is_no_bound(options):
+    model = network()
+    if not options:
+        nn.init.zeros_(model[0].weight)
+    optimizer = RegularizedOptimizer(sgd(model), L2(model, 1.0, **options), "decoupled")
+    with pytest.raises(ValueError, match=r"the penalty of '0\.weight'.* is 0 at construction.* use bound='warmup'"):
+        Bound(optimizer, "initial")

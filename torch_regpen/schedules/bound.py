@@ -59,7 +59,7 @@ class Bound:
     Raises:
         TypeError: `optimizer` is not a `RegularizedOptimizer`; an argument is not a number.
         ValueError: a penalty is in mode "dual"; a lambda is 0; an argument is out of range; `bound="warmup"` without
-            `warmup`; a number with a `factor`.
+            `warmup`; a number with a `factor`; "initial" where the penalty of a tensor is 0.
 
     Example:
         >>> import torch, torch_regpen as rp
@@ -117,6 +117,17 @@ class Bound:
         # Multipliers of an earlier Bound are replaced.
         self._attached = [part.multipliers for part in optimizer.penalty.parts]
         self._attach(frozen=True)
+        if bound == "initial":
+            self._refuse_zero_bounds()
+
+    def _refuse_zero_bounds(self) -> None:
+        bounds = {name: state["bound"] for states in self._state for name, state in states.items()}
+        zero = [repr(name) for name, value in bounds.items() if not value.is_meta and value == 0]
+        if zero:
+            raise ValueError(
+                f"the penalty of {first_names(zero)} is 0 at construction, and bound='initial' would hold it at 0; "
+                "give a number, use bound='warmup', or leave these parameters out with exclude="
+            )
 
     @property
     def multipliers(self) -> Any:

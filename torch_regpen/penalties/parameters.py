@@ -236,7 +236,7 @@ class PenalizedParameters(nn.Module):
                     distinct = name  # underscores tell apart parameters of the same name in two modules
                     while named.setdefault(distinct, id(tensor)) != id(tensor):
                         distinct += "_"
-                    if frozen or not ref.frozen(name, tensor):
+                    if not ref.frozen(name, tensor) or frozen:  # the call notes the registered parameter
                         seen[id(tensor)] = index
                         found += self._terms_of(penalty, ref, name, distinct, tensor, group)
         return found

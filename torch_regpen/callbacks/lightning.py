@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING, Any
 
-from .regularizer import Logger, Regularizer, Schedule
+from .regularizer import Regularizer
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -53,22 +52,13 @@ class LightningRegularizer(Regularizer, Callback):
         "{'optimizer': ...}, and pass this optimizer, or none, to the callback"
     )
 
-    _unplaced = itertools.count(-1, -1)  # the trainer checks that the keys differ before it calls `setup`
-
-    def __init__(
-        self,
-        optimizer: object | None = None,
-        schedule: Schedule | None = None,
-        logger: Logger | None = None,
-        freeze_at: int | None = None,
-    ) -> None:
-        super().__init__(optimizer, schedule, logger, freeze_at)
-        self._place = next(self._unplaced)
+    _place: int | None = None  # among the callbacks of this class in the trainer, known from `setup` on
 
     @property
     def state_key(self) -> str:
         """The key of this callback's state in a checkpoint: the class, with a number for all but the first."""
-        return f"{type(self).__qualname__}.{self._place}" if self._place else type(self).__qualname__
+        place = id(self) if self._place is None else self._place  # the trainer compares keys before `setup`, too
+        return f"{type(self).__qualname__}.{place}" if place else type(self).__qualname__
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Find the place among the callbacks of this class. No checkpoint is loaded at this point."""

@@ -555,3 +555,6 @@ def test_an_initial_value_of_zero_is_no_bound(options):
     optimizer = RegularizedOptimizer(sgd(model), L2(model, 1.0, **options), "decoupled")
     with pytest.raises(ValueError, match=r"the penalty of '0\.weight'.* is 0 at construction.* use bound='warmup'"):
         Bound(optimizer, "initial")
+    both = [(optimizer.penalty, "decoupled"), (L1(model, 1.0), "decoupled")]
+    with pytest.raises(ValueError, match=r"the penalty of '0\.weight'"):
+        Bound(RegularizedOptimizer(sgd(model), both), "initial")

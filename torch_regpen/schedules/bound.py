@@ -121,8 +121,8 @@ class Bound:
             self._refuse_zero_bounds()
 
     def _refuse_zero_bounds(self) -> None:
-        bounds = {name: state["bound"] for states in self._state for name, state in states.items()}
-        zero = [repr(name) for name, value in bounds.items() if not value.is_meta and value == 0]
+        bounds = [(name, state["bound"]) for states in self._state for name, state in states.items()]
+        zero = dict.fromkeys(repr(name) for name, value in bounds if not value.is_meta and value == 0)
         if zero:
             raise ValueError(
                 f"the penalty of {first_names(zero)} is 0 at construction, and bound='initial' would hold it at 0; "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["first_names", "format_table", "modes_kept", "require", "warn", "with_progress_bar"]
+__all__ = ["checked_count", "first_names", "format_table", "modes_kept", "require", "warn", "with_progress_bar"]
 
 Item = TypeVar("Item")
 
@@ -55,6 +55,13 @@ def with_progress_bar(items: Iterable[Item], name: str, total: int, done: int = 
     with require("progress=True needs tqdm", "examples"):
         from tqdm import tqdm
     return iter(tqdm(items, desc=name, total=total, initial=done))
+
+
+def checked_count(name: str, value: int) -> int:
+    """Return `value`, or raise `ValueError` if it is not a whole number of 1 or more."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number, 1 or more, not {value!r}")
+    return value
 
 
 @contextmanager

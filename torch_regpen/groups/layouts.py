@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..utils import checked_count
 from .norms import NormGrouping
 
 
@@ -85,7 +86,7 @@ class Blocks(NormGrouping):
     k: int
 
     def __post_init__(self) -> None:
-        check_positive("Blocks(k)", self.k)
+        checked_count("Blocks(k)", self.k)
 
     def view(self, w: Tensor) -> Tensor:
         return w.reshape(-1, self.k)
@@ -156,7 +157,7 @@ class Heads(NormGrouping):
     dim: int | None = None
 
     def __post_init__(self) -> None:
-        check_positive("Heads(n)", self.n)
+        checked_count("Heads(n)", self.n)
 
     def view(self, w: Tensor) -> Tensor:
         view: Tensor = w.unflatten(self.dim or 0, (self.n, -1))
@@ -179,9 +180,3 @@ def _check_dim(dim: int, shape: torch.Size) -> None:
             f"cannot group along dimension {dim}: the tensor of shape {tuple(shape)} has {len(shape)} dimension(s); "
             "exclude it with `select`, or choose another grouping"
         )
-
-
-def check_positive(name: str, value: object) -> None:
-    """Raise `ValueError` unless an argument is a whole number, 1 or more."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a whole number, 1 or more, but got {value!r}")

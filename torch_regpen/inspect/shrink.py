@@ -18,11 +18,10 @@ from torch.nn.utils import prune
 from torch.utils._pytree import tree_map_only
 
 from ..distributed.shards import DTensor
-from ..groups.layouts import check_positive
 from ..penalties.coupling import Inputs, UnitSet, arguments_in, coupled_units, equal_to_rounding
 from ..penalties.coupling_layers import Slices, port_widths, resize, rows
 from ..penalties.coupling_trace import copied_buffers, kept_contents, tensors_in
-from ..utils import first_names, warn
+from ..utils import checked_count, first_names, modes_kept, warn
 from .folding import Folding, Map, zero_units
 
 __all__ = ["shrink"]
@@ -88,7 +87,7 @@ def shrink(model: nn.Module, example_inputs: Inputs, *, round_to: int = 1) -> nn
           (2): Linear(in_features=3, out_features=2, bias=True)
         )
     """
-    check_positive("round_to", round_to)
+    checked_count("round_to", round_to)
     smaller = copied_model(model)
     sets, left = coupled_units(smaller, example_inputs)
     with in_eval_mode(smaller):
@@ -122,13 +121,9 @@ def copied_model(model: nn.Module) -> nn.Module:
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Put the model in eval mode; restore the mode of each module at the end."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with modes_kept(model):
+        model.eval()
         yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 class Shrinking:

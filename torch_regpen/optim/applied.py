@@ -14,7 +14,7 @@ from ..ops.batches import TensorBatch, batches
 from ..ops.chunks import Slicer
 from ..ops.terms import Term, gathered, sliced
 from ..penalties.base import Penalty
-from ..penalties.units import before_norms
+from ..penalties.units import warn_before_norms
 from ..utils import first_names, warn
 from .decay_rate import Decay
 from .modes import MODES, Mode, Proximal
@@ -140,13 +140,12 @@ class AppliedPenalty:
 
     def _warn_about_norms(self) -> None:
         parts = [part for part in self.penalty.parts if part.groups in ("output", 0)] if self.makes_zeros else []
-        names = before_norms(place for part in parts for place in part.places())
-        if names:
-            warn(
-                f"a BatchNorm or InstanceNorm seems to follow {first_names(names)}. It divides by the scale of each "
-                "filter, so a zero filter has a very large gradient and returns as a huge weight. Use "
-                "groups=Coupled(model, example_inputs, scale=False), which groups a filter with its scale in the norm"
-            )
+        warn_before_norms(
+            (place for part in parts for place in part.places()),
+            "It divides by the scale of each filter, so a zero filter has a very large gradient and returns as a huge "
+            "weight. Use groups=Coupled(model, example_inputs, scale=False), which groups a filter with its scale in "
+            "the norm",
+        )
 
     def _warn_about_adaptive_l2(self, metric: Metric) -> None:
         name = type(self._optimizer).__name__

@@ -119,10 +119,8 @@ def regularization_path(
                 state, value = done.get(run, step)
                 if state is None:
                     fit(model, penalty, train)
-                    state, value = (
-                        _copied(model),
-                        _scored(score, model, test) if run and score is not None else math.nan,
-                    )
+                    state = _copied(model)
+                    value = _scored(score, model, test) if run and score is not None else math.nan
                     done.put(run, step, state, value)
                 model.load_state_dict(state)
                 if run == 0:

@@ -23,16 +23,16 @@ from ..groups.layouts import Heads, Slices, Units
 from ..groups.names import Groups, resolve
 from ..groups.nm import NM
 from ..groups.norms import NormGrouping
-from ..utils import warn
+from ..utils import first_names, warn
 from .lookup import ParameterRef
 
 __all__ = [
     "MULTIPLYING",
-    "before_norms",
     "grouping_of",
     "is_attention_projection",
     "recurrent_partner",
     "transformers_conv1d",
+    "warn_before_norms",
 ]
 
 # Layers that multiply their input with their weights.
@@ -271,15 +271,17 @@ class _Attention:
         return (found if parts and not self.head_by_head else 1), n
 
 
-def before_norms(places: Iterable[tuple[ParameterRef, str, Tensor]]) -> list[str]:
-    """The quoted names of the parameters whose layer seems to feed a BatchNorm or InstanceNorm."""
+def warn_before_norms(places: Iterable[tuple[ParameterRef, str, Tensor]], why: str) -> None:
+    """Warn, for the reason `why`, of the parameters whose layer seems to feed a BatchNorm or InstanceNorm."""
     inside = [(ref, name) for ref, name, _ in places if ref.ancestors]
     layers = {layer for root in {ref.ancestors[0] for ref, _ in inside} for layer in _layers_before_norms(root)}
-    return list(dict.fromkeys(repr(name) for ref, name in inside if ref.owner in layers))
+    names = dict.fromkeys(repr(name) for ref, name in inside if ref.owner in layers)
+    if names:
+        warn(f"a BatchNorm or InstanceNorm seems to follow {first_names(names)}. {why}")
 
 
 def _layers_before_norms(root: nn.Module) -> Iterator[nn.Module]:
-    """Yield the layers that a norm with as many channels comes next to."""
+    """Yield the layers that are followed by a norm of as many channels."""
     layers = [module for module in root.modules() if isinstance(module, (*MULTIPLYING, _NormBase))]
     for layer, following in itertools.pairwise(layers):
         channels = getattr(layer, "out_channels", getattr(layer, "out_features", None))

@@ -9,8 +9,9 @@ from typing import Any
 
 from ..penalties.activity import ActivityPenalty
 from ..penalties.base import Penalty
+from ..utils import checked_count
 
-__all__ = ["CosineRamp", "LamScheduler", "LinearRamp", "check_state", "checked_count", "number_from", "scale_lambdas"]
+__all__ = ["CosineRamp", "LamScheduler", "LinearRamp", "check_state", "number_from", "scale_lambdas"]
 
 
 class LamScheduler:
@@ -174,10 +175,3 @@ def number_from(name: str, fn: Callable[[Any], float], x: float) -> float:
         return float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must return a number, but {name}({x:g}) is {value!r}") from None
-
-
-def checked_count(name: str, value: int) -> int:
-    """Return `value`, or raise `ValueError` if it is not a whole number of 1 or more."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a whole number, 1 or more, not {value!r}")
-    return value

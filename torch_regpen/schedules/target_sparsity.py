@@ -18,9 +18,9 @@ from ..ops.terms import Term, by_tensor
 from ..ops.thresholds import makes_zeros, sampled, stride_for, zero_factors
 from ..optim.step_size import differs_by_coordinate
 from ..optim.wrapper import RegularizedOptimizer
-from ..penalties.units import before_norms
-from ..utils import first_names, warn
-from .ramps import check_state, checked_count, number_from, scale_lambdas
+from ..penalties.units import warn_before_norms
+from ..utils import checked_count
+from .ramps import check_state, number_from, scale_lambdas
 
 __all__ = ["TargetSparsity"]
 
@@ -176,14 +176,12 @@ class TargetSparsity:
         if self.target <= MANY or differs_by_coordinate(self.optimizer.optimizer, self.optimizer.metric):
             return  # Adam's step is never much larger than lr
         parts = [part for part in self._penalty.parts if part.groups is None]
-        names = before_norms(place for part in parts for place in part.places())
-        if names:
-            warn(
-                f"a BatchNorm or InstanceNorm seems to follow {first_names(names)}. A filter of zeros before it has a "
-                "gradient 1/sqrt(eps) times as large as usual; it may return as a huge weight and spoil the network. "
-                "Unless the training already clips gradients by value, clip them before optimizer.step(), for instance "
-                "with torch.nn.utils.clip_grad_value_(model.parameters(), 0.1)"
-            )
+        warn_before_norms(
+            (place for part in parts for place in part.places()),
+            "A filter of zeros before it has a gradient 1/sqrt(eps) times as large as usual; it may return as a huge "
+            "weight and spoil the network. Unless the training already clips gradients by value, clip them before "
+            "optimizer.step(), for instance with torch.nn.utils.clip_grad_value_(model.parameters(), 0.1)",
+        )
 
     def _attach(self) -> None:
         # A weak reference: the hook does not keep a replaced schedule alive.

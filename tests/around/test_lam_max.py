@@ -113,6 +113,19 @@ def penalty_with_free(kind, model, free):
     return kind(model, 1.0, groups="input", weights={"weight": weights})
 
 
+def test_a_parameter_with_multiplier_0_counts_for_nothing():
+    model, other = linear(), linear()
+    names = {"penalized": model.weight, "free": other.weight}
+    penalty = L1(list(names.items()), 1.0, select="all")
+    penalty.multipliers = {"penalized": torch.tensor(0.5), "free": torch.tensor(0.0)}
+    with torch.no_grad():
+        other.weight.fill_(0.3)
+    left = (torch.as_tensor(y) - torch.as_tensor(X) @ other.weight[0]).detach()
+    found = lam_max(penalty, lambda: sse(lambda x: model(x) + other(x)))
+    assert found == pytest.approx(2 * np.abs(X.T @ left.numpy()).max() / len(y))
+    assert torch.equal(other.weight, torch.full_like(other.weight, 0.3))
+
+
 @pytest.mark.parametrize("kind", [L1, GroupLasso])
 def test_what_has_weight_0_is_left_as_it_is_and_counts_for_nothing(kind):
     free, held = [2, 3, 8], [0, 1, 4, 5, 6, 7, 9]

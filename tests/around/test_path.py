@@ -61,6 +61,17 @@ def test_it_is_the_lasso_path(cross_validated):
     assert path.lams == pytest.approx(LAMS)
 
 
+def test_nonzeros_of_a_penalty_with_a_center_are_the_elements_off_it():
+    torch.manual_seed(0)
+    model = linear()
+    center = torch.linspace(-1, 1, X.shape[1], dtype=model.weight.dtype)[None]
+    with torch.no_grad():
+        model.weight.copy_(center)
+    path = regularization_path(model, L1(model, 1.0, center={"weight": center}), fit, LAMS)
+    _, coefficients, _ = lasso_path(X, y - X @ center[0].numpy(), alphas=LAMS, tol=1e-12, max_iter=10**6)
+    assert path.nonzeros == (np.abs(coefficients) > 1e-12).sum(axis=0).tolist()
+
+
 def test_it_picks_the_lambda_of_lasso_cv(cross_validated):
     path, folds = cross_validated
     theirs = LassoCV(alphas=LAMS, cv=folds, fit_intercept=False, tol=1e-12, max_iter=10**6).fit(X, y)

@@ -30,19 +30,25 @@ Wrap = Callable[[nn.Module, Tensor, torch.optim.Optimizer], RegularizedOptimizer
 
 
 class HoyerSquare(Penalty):
-    """`lam * sum (sum |w|)^2 / sum w^2`, over tensors: it does not depend on their scale (Yang, Wen and Li 2020)."""
+    """`lam * (sum u)^2 / sum u^2` over the magnitudes `u` in a tensor: it has no scale (Yang, Wen and Li 2020)."""
 
     separable = False
 
     def omega(self, x: Tensor, grouping: Grouping, factor: float | Tensor) -> Tensor:
-        return factor * x.abs().sum().square() / x.square().sum()
+        u, _ = grouping.polar(x)
+        return factor * u.sum() * _inverse_scale(u)
 
     def omega_grad(self, x: Tensor, grouping: Grouping, factor: float | Tensor) -> Tensor:
-        ratio = x.abs().sum() / x.square().sum()
-        return factor * 2 * ratio * (x.sign() - ratio * x)
+        u, rebuild = grouping.polar(x)
+        ratio = _inverse_scale(u)
+        return factor * 2 * ratio * (rebuild(torch.ones_like(u)) - ratio * x) / grouping.count(x.shape)
 
     def has_grad(self) -> bool:
         return True
+
+
+def _inverse_scale(u: Tensor) -> Tensor:
+    return u.sum() / u.square().sum().clamp_min(torch.finfo(u.dtype).tiny)  # 0 for a tensor of zeros
 
 
 def one(kind: Any, mode: str, model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer) -> RegularizedOptimizer:
@@ -75,6 +81,13 @@ def coupled(kind: Any, scale: bool, model: nn.Module, x: Tensor, optimizer: torc
     return RegularizedOptimizer(optimizer, kind(model, 1e-4, groups=Coupled(model, x, scale=scale)), "dual")
 
 
+def coupled_with_hoyer(model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer) -> RegularizedOptimizer:
+    """Group lasso on units makes the zeros, beside Hoyer-square over filters."""
+    hoyer = HoyerSquare(model, 1e-3, select=nn.Conv2d, groups="output")
+    lasso = GroupLasso(model, 1e-4, groups=Coupled(model, x, scale=False))
+    return RegularizedOptimizer(optimizer, [(hoyer, "coupled"), (lasso, "dual")])
+
+
 def scales(kind: Any, model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer) -> RegularizedOptimizer:
     """The scales of the norms alone."""
     found = [layer.weight for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
@@ -94,6 +107,7 @@ CHANNELS: dict[str, Wrap] = {
     "group lasso on filters, dual": partial(filters, GroupLasso, "dual"),
     "group lasso on `Coupled`, dual": partial(coupled, GroupLasso, True),
     "group lasso on `Coupled(scale=False)`, dual": partial(coupled, GroupLasso, False),
+    "the same, with Hoyer-square over filters in the gradient": coupled_with_hoyer,
     "L1 on the scales of the norms, dual": partial(scales, L1),
     "L0 on the scales of the norms, dual": partial(scales, L0),
 }

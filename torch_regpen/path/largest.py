@@ -22,8 +22,8 @@ def lam_max(penalty: Penalty, loss_fn: Callable[[], Tensor]) -> float:
     """`min {lam : -gradient(0) in lam * subdifferential(Omega)(0)}`: with this lambda, zero is a stationary point.
 
     The gradient of `loss_fn()` is computed once, with the penalized weights at zero, or at their center. Then the
-    weights are restored. Fit the weights without a penalty first: an intercept, and elements whose `weights` are 0.
-    These keep their values, and their gradient is ignored.
+    weights are restored. Fit the weights without a penalty first: an intercept, and elements whose `weights`, or whose
+    multiplier of a `Bound`, are 0. These keep their values, and their gradient is ignored.
 
     The model must be linear in the penalized weights, since a network of zeros has no gradient. For a network, double
     lambda until training makes all weights zero, as in `examples/choose_lambda.py`.
@@ -100,8 +100,10 @@ def lam_max(penalty: Penalty, loss_fn: Callable[[], Tensor]) -> float:
 
 
 def _unpenalized(terms: list[Term]) -> Tensor | None:
-    """A mask of the elements whose `weights` are 0; None without `weights`."""
-    weights, grouping = terms[0].weights, terms[0].grouping
+    """A mask of the elements whose `weights` are 0, or all if the multiplier of a `Bound` is 0; None without both."""
+    weights, multiplier, grouping = terms[0].weights, terms[0].multiplier, terms[0].grouping
+    if multiplier is not None and not multiplier:
+        return torch.ones_like(terms[0].tensor, dtype=torch.bool)
     if weights is not None and isinstance(grouping, NormGrouping):
         weights = grouping.spread(weights, terms[0].tensor)
     return None if weights is None else weights == 0

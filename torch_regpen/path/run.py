@@ -125,7 +125,8 @@ def regularization_path(
                 model.load_state_dict(state)
                 if run == 0:
                     path.states.append(state)
-                    path.nonzeros.append(sum(int(w.count_nonzero()) for _, w in penalty.named_parameters_penalized()))
+                    terms = penalty.terms(frozen=True)
+                    path.nonzeros.append(sum(int(term.offset(term.tensor).count_nonzero()) for term in terms))
                 elif path.scores is not None:
                     path.scores[step, run - 1] = value
         finally:

@@ -21,7 +21,7 @@ class Path:
     Attributes:
         lams: the lambdas.
         states: for each lambda, the state dict of the model fitted to all data.
-        nonzeros: for each lambda, the number of nonzero penalized elements.
+        nonzeros: for each lambda, the number of penalized elements that are not zero, or not at their center.
         scores: a float64 tensor of shape (lambdas, folds), higher is better; None without folds.
         penalized: the names of the penalized parameters in `states`.
 

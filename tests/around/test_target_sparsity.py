@@ -184,6 +184,37 @@ def test_the_device_is_read_once_each_every_steps_and_no_more_often(monkeypatch,
         assert len(reads) == (1 if step == 1 or step % 10 == 0 else 0), step
 
 
+def most_nonzeros(every):
+    """In terms of those that the ramp wants: the most after any step of its second half, in the dual mode."""
+    torch.manual_seed(0)
+    w = (0.01 * torch.randn(10_000)).requires_grad_()
+    pull = torch.randn(10_000)
+    wrapped = RegularizedOptimizer(torch.optim.SGD([w], lr=0.05, momentum=0.9), L0([w], 1e-4, select="all"), "dual")
+    schedule = TargetSparsity(wrapped, 0.99, steps=500, every=every)
+    found = []
+    for step in range(1, 501):
+        w.grad = 1e-3 * pull * (1 + step / 100) ** 3
+        wrapped.step()
+        schedule.step()
+        found.append(int(w.count_nonzero()) / (10_000 * (1 - 0.99 * (1 - (1 - step / 500) ** 3))))
+    return max(found[250:])
+
+
+def test_high_targets_in_the_dual_mode_are_read_in_each_step():
+    assert most_nonzeros(every=5) > 1.2
+    assert most_nonzeros(every=None) == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("mode", "target", "groups", "every"),
+    [("dual", 0.91, None, 1), ("dual", 0.9, None, 5), ("dual", 0.91, 0, 5), ("proximal", 0.91, None, 5)],
+)
+def test_how_often_a_target_is_read_by_default(mode, target, groups, every):
+    model = nn.Linear(6, 6)
+    wrapped = RegularizedOptimizer(momentum(model), L0(model, 0.1, groups=groups), mode)
+    assert TargetSparsity(wrapped, target, steps=500).every == every
+
+
 def test_the_proportions_of_lambdas_stay():
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     penalty = L1([{"params": [model[0].weight], "lam": 1.0}, {"params": [model[1].weight], "lam": 3.0}], 1.0)

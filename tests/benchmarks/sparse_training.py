@@ -113,9 +113,7 @@ def ours(kind: Any, mode: str, target: float, model: nn.Module, lr: float, steps
     """A penalty with a target sparsity, and then frozen zeros."""
     inner = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     optimizer = RegularizedOptimizer(inner, kind(model, 1e-4), mode)
-    shrinking = int(SHRINKING * steps)
-    every = max(shrinking // 60, 1) if mode == "dual" else None
-    schedule = TargetSparsity(optimizer, target, steps=shrinking, every=every, freeze=True)
+    schedule = TargetSparsity(optimizer, target, steps=int(SHRINKING * steps), freeze=True)
     return optimizer, lambda step: schedule.step()
 
 

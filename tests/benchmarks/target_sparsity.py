@@ -32,11 +32,13 @@ def parameters(model: str, device: str) -> list[nn.Parameter]:
     return ps
 
 
-def reading(ps: list[nn.Parameter], kind: Any, mode: str, inner: torch.optim.Optimizer) -> Callable[[], object]:
+def reading(
+    ps: list[nn.Parameter], kind: Any, mode: str, inner: torch.optim.Optimizer, target: float
+) -> Callable[[], object]:
     """A job that takes one reading."""
     some = ps if kind is not GroupLasso else [p for p in ps if p.ndim > 1]
     optimizer = RegularizedOptimizer(inner, kind(some, 1e-6), mode)
-    schedule = TargetSparsity(optimizer, 0.5, steps=1000)
+    schedule = TargetSparsity(optimizer, target, steps=1000)
     optimizer.step()
     schedule.step()
 
@@ -51,6 +53,7 @@ def main() -> None:
     """Runs, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="RVS")
+    parser.add_argument("--target", type=float, default=0.5, help="more zeros need a larger sample")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
@@ -66,7 +69,7 @@ def main() -> None:
                     "SGD": torch.optim.SGD(ps, lr=1e-5),
                     "AdamW": torch.optim.AdamW(ps, lr=1e-5, fused=True),
                 }.items():
-                    read = reading(ps, KINDS[kind], mode, inner)
+                    read = reading(ps, KINDS[kind], mode, inner, options.target)
                     jobs: list[Callable[[], object]] = [plain.step, read]
                     times = [[seconds(job, options.device) for job in jobs] for _ in range(options.rounds)][1:]
                     ratio = median(b / a for a, b in times)

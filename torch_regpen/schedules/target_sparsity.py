@@ -18,6 +18,7 @@ from ..ops.terms import Term, by_tensor
 from ..ops.thresholds import makes_zeros, sampled, stride_for, zero_factors
 from ..optim.step_size import differs_by_coordinate
 from ..optim.wrapper import RegularizedOptimizer
+from ..penalties.base import Penalty
 from ..penalties.units import warn_before_norms
 from ..utils import checked_count
 from .ramps import check_state, number_from, scale_lambdas
@@ -28,7 +29,7 @@ __all__ = ["TargetSparsity"]
 # ELEMENTS, GROUPS: the least size of the sample in a reading; its error is 0.3 or 0.8 percentage points of zeros.
 # NONZEROS: the least number of nonzeros in the sample; the error in the number of nonzeros is then 3%.
 # CLOSE: the distance from the target that counts as reached.
-# MANY: up to this target, filters before a BatchNorm rarely become entirely zero.
+# MANY: above this target, nonzeros change fast between readings, and filters before a BatchNorm become entirely zero.
 # RECENT: after a restart, the gap between two readings is at most 1/RECENT of the steps since.
 # ROUNDING: a margin for the rounding errors of a prox or a ramp.
 READINGS, MOST = 100, 20
@@ -75,7 +76,8 @@ class TargetSparsity:
         target: the fraction, from 0 to less than 1.
         steps: the number of steps after which the target is reached. The proximal mode needs at least 100.
         every: the number of steps between two readings, which synchronize with the device; by default `steps // 100`,
-            but from 1 to 20. There is also a reading in the first step and one after `steps` steps.
+            but from 1 to 20, and 1 in the dual mode for more than 90% of single weights. There is also a reading in the
+            first step and one after `steps` steps.
         ramp: a function from [0, 1] to [0, 1]; by default `1 - (1 - x)^3` (Zhu and Gupta 2017).
         freeze: call `optimizer.freeze_zeros()` once the target is reached. While zeros are frozen, lambda is constant.
 
@@ -136,7 +138,8 @@ class TargetSparsity:
         self._strided: tuple[list[Term], int] = [], 1  # the terms, and the stride at which they are read
         self.target = target
         self.steps = checked_count("steps", steps)
-        self.every = min(max(steps // READINGS, 1), MOST) if every is None else checked_count("every", every)
+        usual = _usual_gap(penalty, optimizer.averages, target, self.steps)
+        self.every = usual if every is None else checked_count("every", every)
         if not callable(ramp):
             raise TypeError(f"ramp must be a function from [0, 1] to [0, 1], not {ramp!r}")
         self.ramp = ramp
@@ -298,6 +301,13 @@ class TargetSparsity:
                 stacklevel=2,
             )
         return reachable
+
+
+def _usual_gap(penalty: Penalty, averages: bool, target: float, steps: int) -> int:
+    """The number of steps between two readings by default."""
+    if averages and target > MANY and all(part.groups is None for part in penalty.parts):
+        return 1  # few weights are left, and in a few steps many others would join them
+    return min(max(steps // READINGS, 1), MOST)
 
 
 def _between(factors: Tensor, count: int) -> float | None:

@@ -39,7 +39,7 @@ from torch_regpen import L0, LogSum
 TARGETS = [0.9, 0.95, 0.98, 0.99, 0.9933, 0.995]
 RATES = [0.05, 0.1]
 BATCH = 128
-READINGS = 60  # how often, in that part, zeros are chosen anew
+READINGS = 60  # how often zeros are chosen anew on the ramp by methods that do not do so in each step
 REFERENCE = "torchao GlobalMinSparsity"
 T_95 = [math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # quantiles, by degrees of freedom
 
@@ -102,6 +102,11 @@ def dense(target: float, model: nn.Module, lr: float, steps: int) -> tuple[Any, 
     return plain(model, lr, steps)  # type: ignore[no-any-return]
 
 
+def seldom(kind: Any, target: float, model: nn.Module, lr: float, steps: int) -> Any:
+    """Dual averaging with lambda read READINGS times."""
+    return ours(kind, "dual", target, model, lr, steps, every=max(int(SHRINKING * steps) // READINGS, 1))
+
+
 def magnitude(at: Callable[[float], float], target: float, model: nn.Module, lr: float, steps: int) -> Any:
     """Global magnitude pruning of torch.nn.utils.prune: `at(x)` of the target at the part x of the ramp."""
     ramp = int(SHRINKING * steps)
@@ -139,6 +144,8 @@ METHODS: dict[str, Any] = {
     "dense": dense,
     "dual L0": partial(ours, L0, "dual"),
     "dual LogSum": partial(ours, LogSum, "dual"),
+    "dual L0, 60 readings": partial(seldom, L0),
+    "dual LogSum, 60 readings": partial(seldom, LogSum),
     REFERENCE: min_sparsity,
     "gradual magnitude pruning": partial(magnitude, lambda x: 1 - (1 - x) ** 3),
     "magnitude pruning, then fine-tuning": partial(magnitude, lambda x: float(x == 1)),

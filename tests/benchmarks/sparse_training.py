@@ -109,11 +109,11 @@ def plain(model: nn.Module, lr: float, steps: int) -> Any:
     return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9), lambda step: None
 
 
-def ours(kind: Any, mode: str, target: float, model: nn.Module, lr: float, steps: int) -> Any:
+def ours(kind: Any, mode: str, target: float, model: nn.Module, lr: float, steps: int, every: int | None = None) -> Any:
     """A penalty with a target sparsity, and then frozen zeros."""
     inner = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     optimizer = RegularizedOptimizer(inner, kind(model, 1e-4), mode)
-    schedule = TargetSparsity(optimizer, target, steps=int(SHRINKING * steps), freeze=True)
+    schedule = TargetSparsity(optimizer, target, steps=int(SHRINKING * steps), every=every, freeze=True)
     return optimizer, lambda step: schedule.step()
 
 

@@ -30,7 +30,7 @@ Wrap = Callable[[nn.Module, Tensor, torch.optim.Optimizer], RegularizedOptimizer
 
 
 class HoyerSquare(Penalty):
-    """`lam * (sum u)^2 / sum u^2` over the magnitudes `u` in a tensor: it has no scale (Yang, Wen and Li 2020)."""
+    """`lam * (sum u)^2 / sum u^2` over the magnitudes `u` in a tensor, whatever their scale (Yang, Wen and Li 2020)."""
 
     separable = False
 
